@@ -1,0 +1,133 @@
+"""Owns making the bytes of a plan: in slices, by several threads, each byte written once.
+
+Which tensors there are and where they go is decided before; the engine is a loop. The result does
+not depend on slice size, number of threads or the order in which work is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeforge.engine.jobs import CopyJob, MergeJob, jobs_of
+from moeforge.engine.pool import Pool
+from moeforge.engine.writer import OutputFiles
+from moeforge.output.layout import Shard
+from moeforge.plan import Plan
+
+MIN_SLICE, DEFAULT_SLICE, MAX_SLICE = 2**16, 2**18, 2**20
+"""Elements per slice; the default keeps a slice of a few inputs in the L2 cache."""
+
+INTERPRETER = 280_000_000
+"""Bytes that Python and torch take before any work, measured; see docs/architecture.md."""
+COPY_INTERPRETER = 60_000_000
+"""The same where everything is copied and torch is never imported."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How fast, never which bytes.
+
+    Attributes:
+        threads: workers; None for one per usable core.
+        slice_elements: elements per slice, a multiple of MIN_SLICE; None to choose.
+        memory: bytes that the process may take; None for no limit.
+        device: torch device of the arithmetic.
+    """
+
+    threads: int | None = None
+    slice_elements: int | None = None
+    memory: int | None = None
+    device: str = "cpu"
+
+    @property
+    def workers(self) -> int:
+        """Number of workers."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+    def slice_for(self, plan: Plan) -> int:
+        """Return elements per slice for `plan`: the default, or less where memory is short."""
+        if self.slice_elements:
+            return self.slice_elements
+        size = DEFAULT_SLICE
+        while self.memory and size > MIN_SLICE and peak_memory(plan, self, size) > self.memory:
+            size //= 2
+        return size
+
+
+def buffers_needed(plan: Plan) -> int:
+    """Return the most slice buffers that any tensor of `plan` needs at once."""
+    from moeforge.plan import Concat, Expr, inputs
+
+    def need(expr: Expr) -> int:
+        # While input i is computed, the results of the inputs before it are held.
+        return max((i + need(child) for i, child in enumerate(inputs(expr))), default=1)
+
+    parts = (
+        piece
+        for tensor in plan.tensors
+        for piece in (
+            [e for e, _ in tensor.expr.pieces] if isinstance(tensor.expr, Concat) else [tensor.expr]
+        )
+    )
+    return max(map(need, parts), default=0)
+
+
+def is_copy_only(plan: Plan) -> bool:
+    """Say whether all bytes of `plan` are copied, so that torch is not needed."""
+    return plan.bytes_copied == plan.nbytes
+
+
+def peak_memory(plan: Plan, settings: Settings, slice_elements: int | None = None) -> int:
+    """Return an estimate of the engine's peak memory in bytes, the interpreter included."""
+    if is_copy_only(plan):
+        return COPY_INTERPRETER
+    size = slice_elements or settings.slice_for(plan)
+    # Results in 8 bytes per element at most, one raw input and one raw output beside them, and
+    # temporaries of a method's measurement.
+    per_worker = (buffers_needed(plan) + 4) * 8 * size
+    return INTERPRETER + settings.workers * per_worker
+
+
+def run(
+    plan: Plan,
+    shards: tuple[Shard, ...],
+    folder: Path,
+    settings: Settings,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Write the shards of `plan` into `folder`.
+
+    Args:
+        plan: what to make; its router source must exist.
+        shards: names and offsets of everything, from `output.layout`.
+        folder: an existing folder.
+        settings: how.
+        progress: called now and then, by this thread, with the bytes written so far.
+
+    Raises:
+        BuildError: reading, computing or writing failed; says which tensor.
+    """
+    with OutputFiles(folder, shards) as files:
+        jobs = jobs_of(plan, shards, files)
+        pool = Pool(settings.workers, progress)
+        copies = all(isinstance(job, CopyJob) for job in jobs)
+        if copies:
+            pool.run(jobs, lambda: None)
+            return
+        from moeforge.engine.evaluate import Evaluator
+
+        size = settings.slice_for(plan)
+        pool.run(jobs, lambda: Evaluator(plan, size, settings.device))
+
+
+def free_space(folder: Path) -> int:
+    """Return the free bytes on the disk that holds `folder` or its nearest existing parent."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+__all__ = ["CopyJob", "MergeJob", "Settings", "free_space", "is_copy_only", "peak_memory", "run"]

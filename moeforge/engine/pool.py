@@ -1,0 +1,126 @@
+"""Owns the workers: threads that take chunks of jobs until all is done or one fails."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from moeforge.engine.jobs import Job
+from moeforge.errors import BuildError, Finding, MoeforgeError
+
+if TYPE_CHECKING:
+    from moeforge.engine.evaluate import Evaluator
+
+_POLL = 0.1
+"""Seconds between two looks at the progress."""
+
+Chunk = Callable[["Evaluator | None", Callable[[int], None]], None]
+
+
+class Pool:
+    """A queue of chunks; the last worker of a phase puts the next phase in front.
+
+    Args:
+        workers: number of threads.
+        progress: called by the thread that calls `run`, with the bytes written so far.
+    """
+
+    def __init__(self, workers: int, progress: Callable[[int], None]) -> None:
+        self._workers = workers
+        self._progress = progress
+        self._queue: deque[tuple[Job, Chunk]] = deque()
+        self._pending: dict[int, int] = {}
+        self._change = threading.Condition()
+        self._error: BaseException | None = None
+        self._stop = False
+        self._done = 0
+
+    def run(self, jobs: Sequence[Job], make_state: Callable[[], Evaluator | None]) -> None:
+        """Do all `jobs`.
+
+        Args:
+            jobs: what to do; taken in this order.
+            make_state: called once in each worker; what it returns is handed to its chunks.
+
+        Raises:
+            BuildError: a chunk failed; says which tensor.
+        """
+        for job in jobs:
+            self._push(job, front=False)
+        threads = [
+            threading.Thread(target=self._work, args=(make_state,), daemon=True)
+            for _ in range(self._workers)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while any(thread.is_alive() for thread in threads):
+                with self._change:
+                    self._change.wait(_POLL)
+                self._progress(self._done)
+        finally:
+            with self._change:
+                self._stop = True
+                self._change.notify_all()
+            for thread in threads:
+                thread.join()
+        if self._error is not None:
+            raise self._error
+        self._progress(self._done)
+
+    def _push(self, job: Job, *, front: bool) -> None:
+        chunks = [(job, chunk) for chunk in job.chunks()]
+        self._pending[id(job)] = len(chunks)
+        if front:
+            self._queue.extendleft(reversed(chunks))
+        else:
+            self._queue.extend(chunks)
+
+    def _report(self, count: int) -> None:
+        with self._change:
+            self._done += count
+            if self._stop:
+                raise InterruptedError
+
+    def _work(self, make_state: Callable[[], Evaluator | None]) -> None:
+        name = ""
+        try:
+            state = make_state()
+            while (item := self._next()) is not None:
+                job, chunk = item
+                name = job.name
+                chunk(state, self._report)
+                with self._change:
+                    self._pending[id(job)] -= 1
+                    if not self._pending[id(job)]:
+                        del self._pending[id(job)]
+                        if job.advance():
+                            self._push(job, front=True)
+                    self._change.notify_all()
+        except BaseException as error:
+            with self._change:
+                if self._error is None and not self._stop:
+                    self._error = _explain(error, name)
+                self._stop = True
+                self._change.notify_all()
+
+    def _next(self) -> tuple[Job, Chunk] | None:
+        with self._change:
+            while not self._stop:
+                if self._queue:
+                    return self._queue.popleft()
+                if not self._pending:
+                    return None
+                self._change.wait()
+            return None
+
+
+def _explain(error: BaseException, tensor: str) -> BaseException:
+    if isinstance(error, MoeforgeError):
+        return error
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    explained = BuildError(Finding(f"{tensor}: {kind}{error}", "Nothing was published."))
+    explained.__cause__ = error
+    return explained

@@ -1,0 +1,94 @@
+"""The one tree of errors: each says what, where and what to do next, and has an exit code.
+
+Nothing here prints or exits; `moeforge.cli` does both.
+
+    MoeforgeError            1
+    ├── RecipeError          2   the recipe does not say something that can be done
+    ├── SourceError          3   a model that the recipe names cannot be used
+    ├── PlanError            4   the models do not fit together
+    ├── BuildError           5   reading, computing or writing failed
+    └── HubError             6   the Hugging Face Hub said no
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Path = tuple["str | int", ...]
+"""Where a value stands in a recipe: keys and list indices from the root."""
+
+
+def show_path(path: Path) -> str:
+    """Write a path as `$.experts[1].source_model`."""
+    return "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ` — did you mean "x"?` for the known word nearest to `word`, or an empty string."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f' — did you mean "{found[0]}"?' if found else ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong or worth knowing.
+
+    Attributes:
+        what: the fact, naming the thing and its value.
+        fix: what to do next; may be empty.
+        path: where in the recipe; empty where it is about none of its values.
+        line: line in the recipe file, from 1; 0 where unknown.
+    """
+
+    what: str
+    fix: str = ""
+    path: Path = ()
+    line: int = 0
+
+    def __str__(self) -> str:
+        place = f"line {self.line}, " if self.line else ""
+        where = f"{place}{show_path(self.path)}: " if self.path else ""
+        fix = f"\n    {self.fix}" if self.fix else ""
+        return f"{where}{self.what}{fix}"
+
+
+class MoeforgeError(Exception):
+    """Base of all errors that moeforge raises on purpose; carries one or more findings."""
+
+    exit_code = 1
+
+    def __init__(self, *findings: Finding | str) -> None:
+        self.findings = tuple(Finding(f) if isinstance(f, str) else f for f in findings)
+        super().__init__("\n".join(str(f) for f in self.findings))
+
+
+class RecipeError(MoeforgeError):
+    """The recipe is not one: unknown keys, wrong types, impossible values."""
+
+    exit_code = 2
+
+
+class SourceError(MoeforgeError):
+    """A model is missing, damaged, or of a kind that cannot be read."""
+
+    exit_code = 3
+
+
+class PlanError(MoeforgeError):
+    """The models are fine but do not fit together as the recipe asks."""
+
+    exit_code = 4
+
+
+class BuildError(MoeforgeError):
+    """Reading, computing or writing failed; nothing was published."""
+
+    exit_code = 5
+
+
+class HubError(MoeforgeError):
+    """The Hugging Face Hub could not be reached or refused."""
+
+    exit_code = 6

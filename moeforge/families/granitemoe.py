@@ -1,0 +1,74 @@
+"""granitemoe: the home of granite; also of qwen2 and of llama with attention biases.
+
+It is llama with an optional bias on all four attention projections and four scalar multipliers.
+"""
+
+from __future__ import annotations
+
+from moeforge.configs import Config
+from moeforge.families import Family, Fill
+
+_LAYER = "model.layers.{layer}"
+_BIASES = tuple(f"self_attn.{part}_proj.bias" for part in "qkvo")
+
+
+def _has_bias(dense: Config) -> bool:
+    return bool(dense["attention_bias"]) or dense["model_type"] == "qwen2"
+
+
+def refuse(dense: Config) -> str:
+    """No MLP bias, no window, and the head size is always hidden / heads."""
+    if dense["mlp_bias"]:
+        return "GraniteMoe's experts have no biases, this model's MLPs have (mlp_bias is true)"
+    if dense["hidden_act"] != "silu":
+        return f"other engines compute GraniteMoe with SiLU, this model has {dense['hidden_act']}"
+    if dense["head_dim"] * dense["num_attention_heads"] != dense["hidden_size"]:
+        return f"GraniteMoe needs head_dim = hidden / heads, this model has {dense['head_dim']}"
+    if dense.get("use_sliding_window"):
+        return "GraniteMoe has no sliding attention (use_sliding_window is true)"
+    return ""
+
+
+def config(dense: Config, n_experts: int, per_token: int) -> Config:
+    """Write GraniteMoe's keys; models other than granite get neutral multipliers."""
+    neutral = {
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": dense["head_dim"] ** -0.5,
+    }
+    own = dense["model_type"] == "granite"
+    return {
+        **{key: float(dense[key]) if own else value for key, value in neutral.items()},
+        "num_local_experts": n_experts,
+        "num_experts_per_tok": per_token,
+        "attention_bias": _has_bias(dense),
+        "output_router_logits": False,
+        "layer_types": None,
+        "max_window_layers": None,
+        "mlp_bias": None,
+        "pretraining_tp": None,
+        "sliding_window": None,
+        "use_sliding_window": None,
+    }
+
+
+def _bias_shape(dense: Config) -> tuple[int, ...]:
+    # Zero-size: no such tensor is written where the family is told that there are no biases.
+    return (dense["hidden_size"],) if _has_bias(dense) else ()
+
+
+FAMILY = Family(
+    model_type="granitemoe",
+    architecture="GraniteMoeForCausalLM",
+    accepts={"granite": 0, "llama": 1, "qwen2": 1},
+    router=f"{_LAYER}.block_sparse_moe.router.layer.weight",
+    experts={
+        f"{_LAYER}.block_sparse_moe.input_linear.weight": ("gate_proj.weight", "up_proj.weight"),
+        f"{_LAYER}.block_sparse_moe.output_linear.weight": ("down_proj.weight",),
+    },
+    config=config,
+    refuse=refuse,
+    optional=_BIASES,
+    fills={f"{_LAYER}.self_attn.o_proj.bias": Fill(_bias_shape)},
+)

@@ -1,0 +1,40 @@
+"""linear: weighted average ("model soup")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moeforge.methods import REQUIRED, Method, Param, Params, Stats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check(params: Params) -> str:
+    """Refuse weights whose sum is zero where they are to be normalised by it."""
+    if params["normalize"] and sum(params["weight"]) == 0:
+        return "the weights sum to zero, and normalize divides by their sum"
+    return ""
+
+
+def merge(tensors: Sequence[Tensor], params: Params, stats: Stats) -> Tensor:
+    """Return Σ wᵢ·xᵢ, divided by Σ wᵢ if `normalize`."""
+    weights = params["weight"]
+    total = tensors[0].mul_(weights[0])
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total.add_(tensor, alpha=weight)
+    return total.div_(sum(weights)) if params["normalize"] else total
+
+
+METHOD = Method(
+    title="Linear",
+    merge=merge,
+    params={
+        "weight": Param(float, REQUIRED, scope="input"),
+        "normalize": Param(bool, True),
+    },
+    inputs=(1, None),
+    check=check,
+    paper="https://arxiv.org/abs/2203.05482",
+)

@@ -1,0 +1,24 @@
+"""passthrough: the one input as it is, or times a factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moeforge.methods import Method, Param, Params, Stats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def merge(tensors: Sequence[Tensor], params: Params, stats: Stats) -> Tensor:
+    """Return scale · x. Where `scale` is not set the planner leaves the tensor a plain copy."""
+    return tensors[0].mul_(params["scale"])
+
+
+METHOD = Method(
+    title="Passthrough",
+    merge=merge,
+    params={"scale": Param(float, None)},
+    inputs=(1, 1),
+)

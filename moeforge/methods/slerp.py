@@ -1,0 +1,61 @@
+"""slerp: spherical interpolation between a base and one other model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moeforge.methods import REQUIRED, Method, Param, Params, Stats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ZERO_NORM = 1e-8
+"""A norm up to this is taken for zero and replaced by one, as mergekit does."""
+_COLLINEAR = 0.9995
+"""Above this |cosine| the arc is flat: linear interpolation, which needs no division by sin θ."""
+
+
+def measure(tensors: Sequence[Tensor], params: Params) -> Stats:
+    """Return Σa², Σb², Σab of a block, a being the base (the planner puts it first)."""
+    import torch
+
+    a, b = tensors
+    return tuple(
+        float(product.sum(dtype=torch.float64)) for product in (a * a, b * b, a * b)
+    )
+
+
+def coefficients(t: float, stats: Stats) -> tuple[float, float]:
+    """Return the factors of base and other model for whole-tensor sums `stats`.
+
+    θ is the angle between the flattened tensors; the factors are sin((1−t)θ)/sin θ and
+    sin(tθ)/sin θ, or 1−t and t where the tensors are collinear or opposite.
+    Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
+    """
+    norm_a, norm_b = math.sqrt(stats[0]), math.sqrt(stats[1])
+    norm_a = norm_a if norm_a > _ZERO_NORM else 1.0
+    norm_b = norm_b if norm_b > _ZERO_NORM else 1.0
+    cosine = max(-1.0, min(1.0, stats[2] / (norm_a * norm_b)))
+    if abs(cosine) > _COLLINEAR:
+        return 1.0 - t, t
+    theta = math.acos(cosine)
+    return math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
+
+
+def merge(tensors: Sequence[Tensor], params: Params, stats: Stats) -> Tensor:
+    """Return factor_a · a + factor_b · b."""
+    factor_a, factor_b = coefficients(params["t"], stats)
+    return tensors[0].mul_(factor_a).add_(tensors[1], alpha=factor_b)
+
+
+METHOD = Method(
+    title="SLERP",
+    merge=merge,
+    params={"t": Param(float, REQUIRED)},
+    inputs=(2, 2),
+    base="required",
+    measure=measure,
+    paper="https://en.wikipedia.org/wiki/Slerp",
+)

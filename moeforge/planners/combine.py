@@ -1,0 +1,200 @@
+"""Owns turning equal places of several models into one merged tensor: parameters, shapes, dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moeforge import catalog, methods
+from moeforge.errors import Path, nearest
+from moeforge.methods import REQUIRED, Method
+from moeforge.plan import Expr, Merge, PlannedTensor
+from moeforge.planners.model import Findings, Model, listing
+from moeforge.recipe.parameters import ParameterError, Scope, resolve, unused_filters
+from moeforge.tensors import BY_NAME, TensorSpec, promote
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One input of a merged tensor.
+
+    Attributes:
+        model: the model it comes from.
+        name: its name there.
+        own: parameters that the recipe gives this input alone.
+    """
+
+    model: Model
+    name: str
+    own: Scope
+
+
+@dataclass
+class Combiner:
+    """Merges tensors of models by one method of one recipe, collecting what is wrong.
+
+    Attributes:
+        word: the method, as the recipe names it.
+        dtype: dtype of the result; None for the inputs' own.
+        path: where the recipe stands, for messages.
+    """
+
+    word: str
+    dtype: str | None
+    path: Path
+    findings: Findings
+    notes: Findings
+    used: set[Path] = field(default_factory=set)
+    scopes: list[Scope] = field(default_factory=list)
+
+    @property
+    def method(self) -> Method:
+        """The method."""
+        return methods.load(self.word)
+
+    def check_scopes(self, scopes: Sequence[Scope], *, per_input: bool) -> None:
+        """Report parameters that no method has, and note those that this method does not use."""
+        known = {name for word in catalog.names("methods") for name in methods.load(word).params}
+        for scope in scopes:
+            self.scopes.append(scope)
+            for name in scope.settings:
+                path = (*scope.path, name)
+                if name not in known:
+                    hint = nearest(name, known) or f" Known: {', '.join(sorted(known))}."
+                    self.findings.error(f'unknown parameter "{name}"{hint}', path=path)
+                elif name not in self.method.params:
+                    self.notes.error(f'method {self.word} has no parameter "{name}"; it is unused', path=path)
+                elif per_input and self.method.params[name].scope == "shared":
+                    what = f'"{name}" is one value for all inputs of {self.word}; it is unused here'
+                    self.findings.error(what, "Move it to the parameters of the merge.", path)
+
+    def check_inputs(self, models: Sequence[Model], base: int | None, path: Path) -> None:
+        """Report too few or too many inputs, and a missing base."""
+        fewest, most = self.method.inputs
+        count = len(models)
+        if count < fewest or (most is not None and count > most):
+            wanted = f"{fewest}" if fewest == most else f"at least {fewest}" if most is None else f"{fewest} to {most}"
+            said = f"{self.word} takes {wanted} model{'' if wanted == '1' else 's'}, here are {count}"
+            self.findings.error(said, "A base_model counts as one of them.", path)
+        if self.method.base == "required" and base is None:
+            what = f"{self.word} needs a base_model that is one of its inputs"
+            self.findings.error(what, "Add base_model: with the model to start from.", path)
+
+    def tensor(
+        self,
+        name: str,
+        slots: Sequence[Slot],
+        shared: Sequence[Scope],
+        base: int | None,
+        position: float,
+    ) -> PlannedTensor | None:
+        """Return output tensor `name`, or None where something is wrong with it.
+
+        Args:
+            name: its name in the output.
+            slots: inputs in the order of the recipe.
+            shared: scopes that hold for all inputs, most specific first.
+            base: index of the base among `slots`.
+            position: place for gradients, from 0 to 1.
+        """
+        if self.method.base == "required" and base is not None:
+            slots = [slots[base], *slots[:base], *slots[base + 1 :]]
+        tensors = [slot.model.tensors[slot.name] for slot in slots]
+        shapes = {tensor.spec.shape for tensor in tensors}
+        if len(shapes) > 1:
+            self._report_shapes(slots)
+            return None
+        params = self._params(name, slots, shared, position)
+        if params is None:
+            return None
+        dtype = promote(tensor.spec.dtype for tensor in tensors)
+        expr: Expr = tensors[0].expr
+        copied = self.word == "passthrough" and params["scale"] is None
+        if not copied:
+            foreign = [t.spec.dtype for t in tensors if not t.spec.dtype.mergeable]
+            if foreign:
+                what = f"{name} is {foreign[0]}, which {self.word} cannot compute with"
+                self.findings.error(what, "Only floating-point tensors can be merged.", self.path)
+                return None
+            problem = self.method.check(params) if self.method.check else ""
+            if problem:
+                self.findings.error(f"{problem} (first seen at {name})", path=self.path)
+                return None
+            expr = Merge(self.word, tuple(t.expr for t in tensors), tuple(params.items()))
+        if self.dtype and dtype.mergeable:
+            dtype = BY_NAME[self.dtype]
+        return PlannedTensor(name, TensorSpec(dtype, shapes.pop()), expr)
+
+    def _params(
+        self, name: str, slots: Sequence[Slot], shared: Sequence[Scope], position: float
+    ) -> dict[str, object] | None:
+        params: dict[str, object] = {}
+        for word, param in self.method.params.items():
+            kind, default = param.kind, param.default
+            try:
+                if param.scope == "shared":
+                    values = [resolve(word, shared, name, position, kind, self.used)]
+                else:
+                    values = [
+                        resolve(word, (slot.own, *shared), slot.name, position, kind, self.used)
+                        for slot in slots
+                    ]
+            except ParameterError as error:
+                self.findings.error(str(error), path=getattr(error, "path", self.path))
+                return None
+            if default is REQUIRED and None in values:
+                missing = slots[values.index(None)] if param.scope == "input" else None
+                whose = f" for {missing.model.label}" if missing else ""
+                what = f"{self.word} needs the parameter {word}{whose} (first missed at {name})"
+                fix = f"Add parameters: {{{word}: …}}."
+                path = missing.own.path if missing else (*self.path, "parameters")
+                if not any(f.path == path and f.fix == fix for f in self.findings):
+                    self.findings.error(what, fix, path)
+                return None
+            filled = [default if value is None else value for value in values]
+            params[word] = filled[0] if param.scope == "shared" else tuple(filled)
+        return params
+
+    def _report_shapes(self, slots: Sequence[Slot]) -> None:
+        first = slots[0]
+        mine = first.model.tensors[first.name].spec.shape
+        for slot in slots[1:]:
+            theirs = slot.model.tensors[slot.name].spec.shape
+            if mine == theirs:
+                continue
+            said = f"{first.name} is {list(mine)} in {first.model.label}"
+            fix = "Merge only models of one size."
+            if mine[1:] == theirs[1:] and "embed" in first.name:
+                fix = "The vocabularies differ; use fine-tunes that kept the base's vocabulary."
+            key = f" in {slot.model.label}, but {said}"
+            # One message for each pair of models is enough: the rest differs for the same reason.
+            if not any(f" in {slot.model.label}, but " in f.what for f in self.findings):
+                self.findings.error(f"{slot.name} is {list(theirs)}{key}", fix, self.path)
+
+    def finish(self) -> None:
+        """Report filters that matched no tensor."""
+        if self.findings:
+            return  # a filter may have missed only because planning stopped before its tensor
+        for path, word in unused_filters(self.scopes, self.used):
+            what = f'filter "{word}" decides no tensor'
+            fix = "Filters match plain parts of tensor names, such as self_attn, mlp, layers.3."
+            self.findings.error(what, fix, path)
+
+
+def missing_tensors(models: Sequence[Model], findings: Findings, path: Path) -> list[str]:
+    """Report tensors that some models have and others lack; return the names all have."""
+    everything: dict[str, None] = {}
+    for model in models:
+        everything.update(dict.fromkeys(model.tensors))
+    common = []
+    lacking: dict[str, list[str]] = {}
+    for name in everything:
+        absent = [model.label for model in models if name not in model.tensors]
+        for label in absent:
+            lacking.setdefault(label, []).append(name)
+        if not absent:
+            common.append(name)
+    for label, names in lacking.items():
+        what = f"{label} lacks {len(names)} tensors that other inputs have: {listing(names)}"
+        findings.error(what, "Merge only models of one architecture.", path)
+    return common

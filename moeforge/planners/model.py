@@ -1,0 +1,157 @@
+"""Owns what planners mean by a model: a checkpoint or an inline recipe, as names and expressions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from moeforge.configs import Config, n_layers
+from moeforge.errors import Finding
+from moeforge.plan import PlannedTensor, Read
+from moeforge.sources import Source
+
+HEAD = "lm_head.weight"
+EMBEDDINGS = "model.embed_tokens.weight"
+TIED = "tied: the model uses its embeddings as head"
+_RECOMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_LAYER = re.compile(r"^(?P<stem>(?:[^.]+\.)*?)(?P<index>\d+)\.(?P<rest>.+)$")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Where the layers of a model lie: tensors named `{stem}{index}.{rest}`.
+
+    Attributes:
+        stem: what stands before the layer number, `model.layers.`; "" where there are no layers.
+        count: number of layers.
+    """
+
+    stem: str
+    count: int
+
+    def split(self, name: str) -> tuple[int, str] | None:
+        """Return layer and rest of `name`, or None where it belongs to no layer."""
+        if not self.stem or not name.startswith(self.stem):
+            return None
+        index, _, rest = name[len(self.stem) :].partition(".")
+        return (int(index), rest) if index.isdigit() and rest else None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A dense model that takes part in a recipe.
+
+    Attributes:
+        label: how messages call it.
+        config: raw config.json, or what an inline recipe would write.
+        tensors: its tensors by name; an inline recipe's are expressions.
+        donor: the source whose tokenizer it has.
+        sources: every source that its expressions read.
+        left_out: tensors of its checkpoint that knowingly have no place, with the reason.
+    """
+
+    label: str
+    config: Config
+    tensors: Mapping[str, PlannedTensor]
+    donor: Source
+    sources: Mapping[str, Source]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding matrix."""
+        return HEAD not in self.tensors and EMBEDDINGS in self.tensors
+
+    @cached_property
+    def layers(self) -> Layers:
+        """The layers, found as the numbered tensors that are as many as the config says."""
+        expected = n_layers(self.config)
+        found: dict[str, set[int]] = {}
+        for name in self.tensors:
+            match = _LAYER.match(name)
+            if match:
+                found.setdefault(match["stem"], set()).add(int(match["index"]))
+        for stem, indices in found.items():
+            if indices == set(range(len(indices))) and len(indices) == expected:
+                return Layers(stem, len(indices))
+        return Layers("", 0)
+
+
+def from_source(source: Source) -> Model:
+    """Return the model that checkpoint `source` is.
+
+    Rotary tables of old exports and the copy that a tied model carries of its embeddings are left
+    out: transformers ignores them too.
+    """
+    tensors: dict[str, PlannedTensor] = {}
+    left_out: dict[str, str] = {}
+    specs = source.specs()
+    tied = source.config.get("tie_word_embeddings") is True and EMBEDDINGS in specs
+    for name in sorted(specs, key=natural):
+        if _RECOMPUTED.search(name):
+            left_out[name] = "recomputed by the model when it loads"
+        elif name == HEAD and tied:
+            left_out[name] = TIED
+        else:
+            tensors[name] = PlannedTensor(name, specs[name], Read(source.key, name))
+    return Model(source.key, source.config, tensors, source, {source.key: source}, left_out)
+
+
+def natural(name: str) -> tuple[int, list[tuple[int, int | str]]]:
+    """Return a key that sorts embeddings first, layers by number, and the head last."""
+    first = 0 if is_input(name) else 2 if not _LAYER.match(name) else 1
+    parts: list[tuple[int, int | str]] = [
+        (0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")
+    ]
+    return first, parts
+
+
+_INPUT = re.compile(r"(^|\.)(embed|wte|wpe|word_embeddings|tok_embeddings|emb_)")
+
+
+def is_input(name: str) -> bool:
+    """Say whether a tensor outside the layers comes before them (embeddings) or after (head)."""
+    return not _LAYER.match(name) and bool(_INPUT.search(name))
+
+
+def listing(names: Iterable[str], most: int = 3) -> str:
+    """Return the first few of `names`, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
+
+
+_FACTS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "attention heads",
+    "num_key_value_heads": "key/value heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocabulary entries",
+    "hidden_act": "activation",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "rms_norm_eps",
+}
+
+
+def differences(one: Model, other: Model, keys: Iterable[str] = _FACTS) -> dict[str, str]:
+    """Return a sentence for each fact of the configs that both state and that differs."""
+    result = {}
+    for key in keys:
+        mine, theirs = one.config.get(key), other.config.get(key)
+        if mine is not None and theirs is not None and mine != theirs:
+            result[key] = f"{other.label} has {_FACTS[key]} {theirs}, {one.label} has {mine}"
+    return result
+
+
+class Findings(list[Finding]):
+    """What a planner collects before it refuses everything at once."""
+
+    def error(self, what: str, fix: str = "", path: tuple[str | int, ...] = ()) -> None:
+        """Add a finding, once."""
+        finding = Finding(what, fix, path)
+        if finding not in self:
+            self.append(finding)

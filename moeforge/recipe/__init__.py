@@ -1,0 +1,106 @@
+"""Owns the way from a YAML file to a `Recipe`: the only room that knows pydantic and yaml."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moeforge.errors import Finding, RecipeError
+from moeforge.recipe import document, prompts
+from moeforge.recipe.document import Document
+from moeforge.recipe.prompts import Prompt
+from moeforge.recipe.schema import (
+    Expert,
+    MergeRecipe,
+    MoeRecipe,
+    Recipe,
+    Reference,
+    Slice,
+    SliceSource,
+    StackRecipe,
+    parse_kind,
+)
+
+__all__ = [
+    "Document",
+    "Expert",
+    "LoadedRecipe",
+    "MergeRecipe",
+    "MoeRecipe",
+    "Prompt",
+    "Recipe",
+    "Reference",
+    "Slice",
+    "SliceSource",
+    "StackRecipe",
+    "load",
+]
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe with what is needed to speak about it.
+
+    Attributes:
+        recipe: the validated recipe.
+        document: its text and line numbers.
+        folder: where relative paths are looked up first.
+        stem: name of the file without its ending; the default name of the output.
+    """
+
+    recipe: Recipe
+    document: Document
+    folder: Path
+    stem: str
+
+    def place(self, findings: Iterable[Finding]) -> tuple[Finding, ...]:
+        """Return `findings` with the lines of the recipe they speak about."""
+        return tuple(self.document.place(finding) for finding in findings)
+
+    def find(self, path: str) -> Path:
+        """Return the file that a relative `path` means: beside the recipe, else from here."""
+        beside = self.folder / Path(path).expanduser()
+        return beside if beside.exists() else Path(path).expanduser()
+
+    def expert_prompts(self, expert: Expert) -> tuple[Prompt, ...]:
+        """Return the positive prompts of `expert`: those in the recipe, then its file's.
+
+        Raises:
+            ValueError: the file cannot be used.
+        """
+        inline = tuple(Prompt(text=text) for text in expert.positive_prompts)
+        return inline + (prompts.load(self.find(expert.prompts_file)) if expert.prompts_file else ())
+
+
+def load(recipe: str | Path | dict[str, Any]) -> LoadedRecipe:
+    """Read and validate a recipe.
+
+    Args:
+        recipe: path of a YAML file, or the same as a dict.
+
+    Raises:
+        RecipeError: with every mistake, each with its line, path and the nearest known word.
+    """
+    if isinstance(recipe, dict):
+        text, folder, stem = json.dumps(recipe, indent=2), Path(), "merged"
+    else:
+        path = Path(recipe)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(Finding(f"cannot read the recipe {path}: {reason}")) from None
+        folder, stem = path.parent, path.stem
+    parsed = document.parse(text)
+    try:
+        valid = parse_kind(parsed.data)
+    except ValidationError as error:
+        findings = (Finding(item["msg"], path=tuple(item["loc"])) for item in error.errors())
+        placed = sorted(map(parsed.place, findings), key=lambda finding: finding.line)
+        raise RecipeError(*placed) from None
+    return LoadedRecipe(valid, parsed, folder, stem)

@@ -1,0 +1,195 @@
+"""Owns parameter values: scalars, gradients and `{filter, value}` lists, and who wins.
+
+The rules are mergekit's, so that its recipes mean the same: the most specific scope that sets a
+value for this tensor wins; a scope whose filters all miss sets nothing and falls through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
+
+from moeforge.errors import Path
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A value for the tensors whose name contains `filter` (None or "*": all tensors).
+
+    `value` is a scalar, or a tuple of scalars: a gradient over the layers of a slice.
+    """
+
+    value: Scalar | tuple[Scalar, ...]
+    filter: str | None = None
+
+    def matches(self, name: str) -> bool:
+        """Say whether tensor `name` is meant: by plain substring, as in mergekit."""
+        return self.filter is None or self.filter == "*" or self.filter in name
+
+
+Setting = tuple[Condition, ...]
+"""What one parameter is set to in one scope; the first condition that matches counts."""
+
+
+def _scalar(value: Any) -> Scalar:
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    raise PydanticCustomError("recipe", "expected a number, got {got}", {"got": repr(value)})
+
+
+def _value(value: Any) -> Scalar | tuple[Scalar, ...]:
+    return tuple(map(_scalar, value)) if isinstance(value, (list, tuple)) else _scalar(value)
+
+
+def _condition(entry: dict[str, Any]) -> Condition:
+    extra = sorted(set(entry) - {"value", "filter"})
+    if extra or "value" not in entry:
+        said = f'unknown key "{extra[0]}"' if extra else '"value" is missing'
+        raise PydanticCustomError("recipe", "{said}; expected filter and value", {"said": said})
+    name_filter = entry.get("filter")
+    if name_filter is not None and not isinstance(name_filter, str):
+        raise PydanticCustomError("recipe", "a filter is a string, got {f}", {"f": str(name_filter)})
+    return Condition(_value(entry["value"]), name_filter)
+
+
+def _setting(value: Any) -> Setting:
+    if isinstance(value, tuple) and all(isinstance(item, Condition) for item in value):
+        return value
+    if isinstance(value, dict):
+        return (_condition(value),)
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        if not all(isinstance(item, dict) for item in value):
+            raise PydanticCustomError("recipe", "a list mixes numbers and filter/value entries")
+        return tuple(_condition(item) for item in value)
+    if isinstance(value, list) and not value:
+        return ()
+    return (Condition(_value(value)),)
+
+
+Parameters = dict[str, Annotated[Any, BeforeValidator(_setting)]]
+"""Settings by parameter name."""
+
+
+class ParameterError(ValueError):
+    """A value does not have the type that the method declares."""
+
+
+def coerce(value: Scalar, kind: type) -> Scalar:
+    """Return `value` as `kind` (bool, int, float or str).
+
+    Raises:
+        ParameterError: it is not one: `normalize: 2`, `t: high`.
+    """
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is bool and isinstance(value, (int, float)) and value in (0, 1):
+        return bool(value)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind in (int, float):
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if number == number and (kind is float or number == int(number)):
+            return kind(number)  # type: ignore[no-any-return]
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    raise ParameterError(f"expected {expected[kind]}, got {value!r}")
+
+
+def evaluate(
+    setting: Setting, name: str, position: float, kind: type
+) -> tuple[Scalar, Condition] | None:
+    """Return what `setting` says for tensor `name`, with the condition that said it.
+
+    Args:
+        setting: conditions, first match first.
+        name: tensor name that filters look at.
+        position: place in the slice, 0 for its first layer, 1 for its last.
+        kind: declared type; numbers are interpolated, other types picked.
+
+    Returns:
+        None where no condition matches: the next scope is asked.
+
+    Raises:
+        ParameterError: a value has the wrong type.
+    """
+    for condition in setting:
+        if not condition.matches(name) or condition.value == ():
+            continue
+        if not isinstance(condition.value, tuple):
+            return coerce(condition.value, kind), condition
+        values = [coerce(value, kind) for value in condition.value]
+        place = position * (len(values) - 1)
+        low = int(place)
+        if kind not in (int, float):
+            return values[low], condition
+        high = min(low + 1, len(values) - 1)
+        share = place - low
+        mixed = (1 - share) * float(values[low]) + share * float(values[high])
+        return coerce(mixed, kind), condition
+    return None
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The `parameters` of one level of the recipe, and where they stand in it."""
+
+    settings: dict[str, Setting]
+    path: Path
+
+
+def resolve(
+    parameter: str,
+    scopes: Iterable[Scope],
+    name: str,
+    position: float,
+    kind: type,
+    used: set[Path],
+) -> Scalar | None:
+    """Return the value of `parameter` for tensor `name` from the first scope that sets it.
+
+    Args:
+        parameter: its name.
+        scopes: most specific first.
+        name: tensor name that filters look at.
+        position: place in the slice, from 0 to 1.
+        kind: declared type.
+        used: receives the path of every condition that decided a value, so that filters which
+            match nothing can be reported.
+
+    Raises:
+        ParameterError: with the path of the setting in front.
+    """
+    for scope in scopes:
+        setting = scope.settings.get(parameter)
+        if setting is None:
+            continue
+        try:
+            found = evaluate(setting, name, position, kind)
+        except ParameterError as error:
+            error.path = (*scope.path, parameter)  # type: ignore[attr-defined]
+            raise
+        if found is not None:
+            value, condition = found
+            used.add((*scope.path, parameter, setting.index(condition)))
+            return value
+    return None
+
+
+def unused_filters(scopes: Sequence[Scope], used: set[Path]) -> list[tuple[Path, str]]:
+    """Return path and filter of every `{filter, value}` entry that decided no value."""
+    missed = []
+    for scope in scopes:
+        for parameter, setting in scope.settings.items():
+            for index, condition in enumerate(setting):
+                path = (*scope.path, parameter, index)
+                if path not in used and condition.filter not in (None, "*"):
+                    missed.append((path, str(condition.filter)))
+    return missed

@@ -1,0 +1,62 @@
+"""Owns prompt files: `.txt` with a blank line between prompts, `.jsonl` with texts or chats."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text, or a chat whose `messages` go through the tokenizer's chat template."""
+
+    text: str = ""
+    messages: tuple[Message, ...] = ()
+
+
+def _from_json(line: str) -> Prompt:
+    entry = json.loads(line)
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        return Prompt(text=entry["text"])
+    messages = entry.get("messages") if isinstance(entry, dict) else None
+    if (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    ):
+        return Prompt(messages=tuple(messages))
+    raise ValueError('expected {"text": "…"} or {"messages": [{"role": …, "content": …}, …]}')
+
+
+def load(path: Path) -> tuple[Prompt, ...]:
+    """Read the prompts of `path`.
+
+    Raises:
+        ValueError: with file and line, where it cannot be read, has another ending, or is empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    prompts: list[Prompt] = []
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                prompts.append(_from_json(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    elif path.suffix == ".txt":
+        blocks = (block.strip("\n") for block in re.split(r"\n[ \t]*\n", text))
+        prompts = [Prompt(text=block) for block in blocks if block.strip()]
+    else:
+        raise ValueError(f"{path}: a prompts file ends in .txt or .jsonl")
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in it")
+    return tuple(prompts)

@@ -1,0 +1,91 @@
+"""Owns reading checkpoints: the `Source` seam, and opening whatever a recipe names.
+
+Knows bytes, headers and config.json; knows nothing of layers, merges or torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from moeforge.errors import Finding, SourceError
+from moeforge.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class FileSpan:
+    """Bytes [offset, offset + nbytes) of a file."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class Source(Protocol):
+    """A checkpoint, however it is stored.
+
+    Attributes:
+        key: name that is unique within a plan.
+        config: the raw config.json.
+        folder: where its tokenizer and other small files lie; None where there are none.
+    """
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def folder(self) -> Path | None: ...
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Return dtype and shape of every tensor, from headers only."""
+
+    def locate(self, name: str) -> FileSpan | None:
+        """Return where the raw bytes of tensor `name` lie, if they lie on disk as they are."""
+
+    def read(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the raw bytes of tensor `name` from byte `start` on."""
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def open_source(
+    model: str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    *,
+    beside: Path = Path(),
+    offline: bool = False,
+) -> Source:
+    """Open a checkpoint by path or Hub id.
+
+    Args:
+        model: a path, looked up in `beside` and then in the working directory, or a Hub id.
+        revision: branch, tag or commit; Hub only.
+        subfolder: folder below it that holds config.json.
+        beside: folder of the recipe.
+        offline: use only what is in the local Hub cache.
+
+    Raises:
+        SourceError: it is neither, or is not a usable checkpoint.
+        HubError: the Hub refused or could not be reached.
+    """
+    from moeforge.sources.folder import FolderSource
+
+    for candidate in (beside / Path(model).expanduser(), Path(model).expanduser()):
+        if candidate.exists():
+            if revision:
+                what = f"{model} is a local folder and has no revision {revision}"
+                raise SourceError(Finding(what, "Remove the revision, or give a Hub id."))
+            return FolderSource(model, candidate / subfolder if subfolder else candidate)
+    if not _HUB_ID.fullmatch(model):
+        looked = " and ".join(str(p) for p in dict.fromkeys((beside.resolve(), Path.cwd())))
+        what = f"{model} does not exist (looked in {looked}), and it is not a Hub id"
+        raise SourceError(Finding(what, "Correct the path."))
+    from moeforge.sources.hub import HubSource
+
+    return HubSource(model, revision, subfolder, offline=offline)

@@ -1,0 +1,281 @@
+"""Owns checkpoints on the Hugging Face Hub: headers first, weights only when they are read.
+
+Everything goes through huggingface_hub: its cache, its token, its offline mode (HF_HUB_OFFLINE).
+"""
+
+from __future__ import annotations
+
+import glob
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from moeforge.errors import Finding, HubError, SourceError
+from moeforge.sources import FileSpan
+from moeforge.sources.folder import INDEX, SINGLE, FolderSource, read_json, refuse_unusable
+from moeforge.sources.header import _MAX_HEADER, Entry, parse_header
+from moeforge.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
+_CONNECTIONS = 8
+"""Headers that are fetched at the same time."""
+
+_FIXES = {
+    400: "Correct what it names and try again.",
+    401: "Log in with `hf auth login`, or correct HF_TOKEN.",
+    403: "Check the name, and what your token may do: https://huggingface.co/settings/tokens",
+    409: "Something else is changing the repository: look at it, then try again.",
+    429: "Wait some minutes; `hf auth login` raises the limit.",
+}
+_LATER = "Try again later; finished transfers are not repeated. See https://status.huggingface.co"
+
+
+def _explain_answer(error: HfHubHTTPError) -> tuple[str, str]:
+    """Return reason and fix for an answer of the Hub that is an error."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "access is restricted", "Ask for access on its page, then `hf auth login`."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        reason = "there is no such repository, or it is private and you may not see it"
+        return reason, "Correct the id or the path, or `hf auth login`."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "there is no such revision", "See the branches and tags on its page."
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return "there is no such file or folder in the repository", "See the files on its page."
+    status = error.response.status_code
+    said = " ".join((error.server_message or "").split())[:300]
+    reason = f"the Hub answered {status}" + (f": {said}" if said else "")
+    return reason, _FIXES.get(status, _LATER)
+
+
+def explain(error: Exception, what: str) -> HubError:
+    """Turn an error of huggingface_hub into one that says what to do.
+
+    The text of an HTTP library's own error is never shown: it may quote headers, and so the token.
+
+    Args:
+        error: what huggingface_hub raised.
+        what: what could not be used or done.
+    """
+    from huggingface_hub import errors
+
+    http_error = errors.HfHubHTTPError.__bases__[0]  # of httpx or of httpx2
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    answer = next((e for e in chain if isinstance(e, errors.HfHubHTTPError)), None)
+    if answer is not None:
+        reason, fix = _explain_answer(answer)
+    elif isinstance(chain[-1], errors.LocalEntryNotFoundError):
+        reason = "it is not in the local cache, and offline mode is on"
+        fix = "Go online once, or fetch it with `hf download`."
+    elif isinstance(chain[-1], errors.OfflineModeIsEnabled):
+        reason, fix = "offline mode is on", "Unset HF_HUB_OFFLINE, or fetch it with `hf download`."
+    elif any(isinstance(e, http_error) for e in chain):
+        system = next((str(e) for e in chain if isinstance(e, OSError)), type(chain[-1]).__name__)
+        reason = f"the connection to the Hub failed ({system})"
+        fix = "Check network, proxy and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses what is in the local cache."
+    else:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        fix = "Correct what it names and try again; finished transfers are not repeated."
+    return HubError(Finding(f"{what}: {reason}", fix))
+
+
+class HubSource:
+    """A checkpoint repository on the Hub.
+
+    Opening it fetches small files, `specs` fetches headers, `locate` and `read` fetch the weights.
+
+    Args:
+        repo_id: `owner/name`.
+        revision: branch, tag or commit; the default branch if None.
+        subfolder: folder of the repository that holds config.json.
+        offline: look only into the local cache; HF_HUB_OFFLINE=1 does the same.
+
+    Attributes:
+        commit: what the revision stood for when it was opened; all reading is of this commit.
+
+    Raises:
+        HubError: the Hub refused or could not be reached, or offline it is not in the cache.
+        SourceError: the repository is not a usable checkpoint.
+    """
+
+    def __init__(
+        self, repo_id: str, revision: str | None, subfolder: str | None, *, offline: bool
+    ) -> None:
+        from huggingface_hub import constants
+
+        self.repo_id = repo_id
+        self.key = "/".join(filter(None, (repo_id, subfolder))) + (
+            f"@{revision}" if revision else ""
+        )
+        inner = PurePosixPath(subfolder or ".")
+        if inner.is_absolute() or ".." in inner.parts:
+            what = f"{subfolder} is not a folder inside {repo_id}"
+            raise SourceError(Finding(what, "Give the subfolder relative to the repository."))
+        self._prefix = "".join(f"{part}/" for part in inner.parts)
+        self._offline = offline or constants.HF_HUB_OFFLINE
+        self._lock = threading.Lock()
+        self._downloaded: FolderSource | None = None
+        # Offline the cache may hold less than all small files, having been filled by other programs.
+        snapshot = self._fetch_files(("config.json",) if self._offline else _SMALL, revision)
+        self.commit = snapshot.name
+        self.folder: Path = snapshot / self._prefix
+        config_file = self.folder / "config.json"
+        config = read_json(config_file) if config_file.exists() else None
+        self._sizes = self._cached_sizes() if self._offline else self._listed_sizes()
+        refuse_unusable(self.key, set(self._sizes), config)
+        self.config: dict[str, Any] = config or {}
+
+    def _fetch_files(self, patterns: Iterable[str], revision: str | None) -> Path:
+        """Put the files beside config.json that match into the cache; return its snapshot folder."""
+        from huggingface_hub import snapshot_download
+
+        prefix = glob.escape(self._prefix)
+        try:
+            path = snapshot_download(
+                self.repo_id,
+                revision=revision,
+                allow_patterns=[prefix + pattern for pattern in patterns],
+                ignore_patterns=[prefix + "*/*"],  # a star also matches slashes
+                local_files_only=self._offline,
+            )
+        except Exception as error:  # huggingface_hub raises its own, its HTTP library's and others
+            raise explain(error, self.key) from error
+        return Path(path)
+
+    def _listed_sizes(self) -> dict[str, int]:
+        """Return name and bytes of every file beside config.json, as the Hub lists them."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        folder = self._prefix.rstrip("/") or None
+        try:
+            entries = HfApi().list_repo_tree(self.repo_id, folder, revision=self.commit)
+            files = [entry for entry in entries if isinstance(entry, RepoFile)]
+        except Exception as error:
+            raise explain(error, self.key) from error
+        return {file.path.removeprefix(self._prefix): file.size for file in files}
+
+    def _cached_sizes(self) -> dict[str, int]:
+        """Return name and bytes of every cached file beside config.json.
+
+        Where no index is among them, a single weights file is assumed: whether it really is there
+        shows when it is asked for.
+        """
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        sizes = {file.name: file.stat().st_size for file in found if file.is_file()}
+        return sizes if INDEX in sizes else {SINGLE: 0, **sizes}
+
+    @cached_property
+    def _index(self) -> dict[str, str]:
+        """Weights file of each tensor; empty where there is a single file."""
+        if SINGLE in self._sizes:
+            return {}
+        weight_map = read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(f, str) for f in weight_map.values()
+        ):
+            raise SourceError(Finding(f"{self.key}: {INDEX} has no weight_map"))
+        absent = sorted(set(weight_map.values()) - set(self._sizes))
+        if absent and not self._offline:
+            what = f"{self.key}: {INDEX} names {absent[0]}, which the repository does not have"
+            raise SourceError(Finding(what, "Use another revision, or tell the author."))
+        return weight_map
+
+    @property
+    def _missing(self) -> list[str]:
+        """Weights files that are not in the local cache."""
+        files = sorted(set(self._index.values())) or [SINGLE]
+        return [file for file in files if not (self.folder / file).exists()]
+
+    @property
+    def _local(self) -> FolderSource:
+        """The whole checkpoint in the local cache; downloads what is missing."""
+        with self._lock:
+            if self._downloaded is None:
+                missing = self._missing
+                if missing and self._offline:
+                    what = f"{self.key}: {missing[0]} is not in the local cache, and offline mode is on"
+                    fix = f"Go online once, or fetch it with `hf download {self.repo_id}`."
+                    raise HubError(Finding(what, fix))
+                if missing:
+                    self._fetch_files(map(glob.escape, missing), self.commit)
+                self._downloaded = FolderSource(self.key, self.folder)
+            return self._downloaded
+
+    def _fetch_range(self, file: str, start: int, count: int) -> bytes:
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+        url = hf_hub_url(self.repo_id, self._prefix + file, revision=self.commit)
+        wanted = {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
+        headers = {**build_hf_headers(), **wanted}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        try:
+            with http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
+                hf_raise_for_status(response)
+                # A server without ranges answers 200 and starts at byte 0: hang up when it is enough.
+                skip = start if response.status_code == 200 else 0
+                data = bytearray()
+                for chunk in response.iter_bytes():
+                    data += chunk
+                    if len(data) >= skip + count:
+                        break
+        except Exception as error:
+            raise explain(error, f"{self.key}, header of {file}") from error
+        return bytes(data[skip : skip + count])
+
+    def _remote_header(self, file: str) -> dict[str, Entry]:
+        size = self._sizes[file]
+        length = int.from_bytes(self._fetch_range(file, 0, 8), "little")
+        try:
+            if not 0 < length <= min(_MAX_HEADER, size - 8):
+                raise ValueError(f"it cannot have a header of {length} bytes: it has {size} in all")
+            raw = self._fetch_range(file, 8, length)
+            return parse_header(raw, self.folder / file, size - 8 - length)
+        except (ValueError, RecursionError) as error:
+            what = f"{self.key}: {file} is not a readable safetensors file: {error}"
+            raise SourceError(Finding(what, "Use another revision, or tell the author.")) from None
+
+    @cached_property
+    def _remote_specs(self) -> dict[str, TensorSpec]:
+        files = sorted(set(self._index.values())) or [SINGLE]
+        entries: dict[str, Entry] = {}
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            for header in pool.map(self._remote_header, files):
+                entries.update(header)
+        lost = sorted(set(self._index) - set(entries))
+        if lost:
+            what = f"{self.key}: the index lists {len(lost)} tensors that no file has"
+            raise SourceError(Finding(f"{what}, first {lost[0]}", "Use another revision."))
+        return {name: spec for name, (spec, _) in entries.items()}
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Return dtype and shape of every tensor, from headers only.
+
+        Headers that are not in the local cache are fetched by range requests, without any weights.
+        """
+        return self._remote_specs if self._missing and not self._offline else self._local.specs()
+
+    def locate(self, name: str) -> FileSpan | None:
+        """Return where the bytes of tensor `name` lie; downloads the weights on first use."""
+        return self._local.locate(name)
+
+    def read(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of tensor `name` from byte `start` on.
+
+        Downloads the weights on first use.
+
+        Raises:
+            HubError: the download failed.
+            OSError: the file cannot be read or has become shorter.
+        """
+        self._local.read(name, start, out)
