@@ -112,6 +112,7 @@ def portable(config: Config, dtype: str | None = None) -> Config:
 
     Both spellings of rotary parameters and of the dtype are written; traces of the machine that
     the source was saved on are removed.
+
     """
     result = copy.deepcopy(config)
     for key in ("_name_or_path", "transformers_version"):
@@ -154,6 +155,7 @@ def restack(donor: Config, layers: list[tuple[Config, int]]) -> Config:
 
     Raises:
         LayerFieldError: a source of a layer does not have a per-layer list that the donor has.
+
     """
     result = copy.deepcopy(donor)
     result[layer_key(donor)] = len(layers)
@@ -169,6 +171,8 @@ def restack(donor: Config, layers: list[tuple[Config, int]]) -> Config:
             for config, _ in layers:
                 theirs = config.get(key)
                 if not isinstance(theirs, list) or len(theirs) != n_layers(config):
-                    raise LayerFieldError(f'"{key}" has an entry for each layer, but not in all models')
+                    raise LayerFieldError(
+                        f'"{key}" has an entry for each layer, but not in all models'
+                    )
             result[key] = [config[key][old] for config, old in layers]
     return result

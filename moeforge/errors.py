@@ -40,6 +40,7 @@ class Finding:
         fix: what to do next; may be empty.
         path: where in the recipe; empty where it is about none of its values.
         line: line in the recipe file, from 1; 0 where unknown.
+
     """
 
     what: str

@@ -32,6 +32,7 @@ class Merge:
         inputs: expressions in the order of the recipe; a base that the method treats as one is
             first.
         params: shared parameters by name; per-input parameters as tuples along `inputs`.
+
     """
 
     method: str
@@ -87,14 +88,17 @@ class Experts:
 
     Attributes:
         family: entry of the families shelf.
+        base: name of the model that everything else comes from.
         labels: name of each expert.
         per_token: experts that each token passes through.
         gate_mode: entry of the gates shelf.
         routers: name of each layer's router weight; read from the source ROUTERS.
         parameters: parameters of all experts together; the rest is always active.
+
     """
 
     family: str
+    base: str
     labels: tuple[str, ...]
     per_token: int
     gate_mode: str
@@ -119,6 +123,7 @@ class Plan:
         experts: None unless it is a mixture of experts.
         left_out: input tensors that knowingly have no place, with the reason.
         notes: what is worth knowing, and no error.
+
     """
 
     kind: str

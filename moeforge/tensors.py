@@ -17,6 +17,7 @@ class DType:
         code: safetensors' name for it.
         itemsize: bytes per element.
         mergeable: whether arithmetic may be done on it (float8 codes need scales, integers exactness).
+
     """
 
     name: str

@@ -115,6 +115,7 @@ class MergeJob:
         dtype: dtype on disk.
         offset: byte in file `shard` where the piece begins.
         stats: whole-tensor sums of measured expressions, by id of the expression.
+
     """
 
     name: str

@@ -22,9 +22,7 @@ def measure(tensors: Sequence[Tensor], params: Params) -> Stats:
     import torch
 
     a, b = tensors
-    return tuple(
-        float(product.sum(dtype=torch.float64)) for product in (a * a, b * b, a * b)
-    )
+    return tuple(float(product.sum(dtype=torch.float64)) for product in (a * a, b * b, a * b))
 
 
 def coefficients(t: float, stats: Stats) -> tuple[float, float]:

@@ -33,6 +33,7 @@ class Shard:
         header: everything before the tensors: length, JSON, padding.
         entries: the tensors, in the order of the file.
         nbytes: size of the file.
+
     """
 
     name: str
@@ -102,4 +103,6 @@ def index(shards: Sequence[Shard]) -> str | None:
     entries = [(entry, shard.name) for shard in shards for entry in shard.entries]
     total = sum(entry.tensor.spec.nbytes for entry, _ in entries)
     weight_map = {entry.tensor.name: name for entry, name in entries}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    return (
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    )

@@ -9,8 +9,8 @@ from typing import Any
 from moeforge.errors import Finding, MoeforgeError, Path, PlanError, SourceError
 from moeforge.plan import Plan
 from moeforge.planners.merge import plan_merge, plan_stack
-from moeforge.planners.moe import plan_moe
 from moeforge.planners.model import Findings, Model, from_source
+from moeforge.planners.moe import plan_moe
 from moeforge.recipe import MergeRecipe, MoeRecipe, Recipe, Reference, StackRecipe
 from moeforge.sources import Source
 
@@ -25,6 +25,7 @@ class Planner:
 
     Attributes:
         open_source: opens a reference of the recipe.
+
     """
 
     open_source: Open
@@ -40,6 +41,7 @@ class Planner:
         Raises:
             SourceError, HubError: a model cannot be used; the first kind met, with all findings.
             PlanError: the models do not fit together; with all findings.
+
         """
         plan = self._plan(recipe)
         if self.failures:
@@ -91,5 +93,7 @@ class Planner:
             placed = (Finding(f.what, f.fix, path) for f in error.findings)
             self.failures.append(type(error)(*placed))
         except OSError as error:
-            self.failures.append(SourceError(Finding(f"{entry} cannot be read: {error}", path=path)))
+            self.failures.append(
+                SourceError(Finding(f"{entry} cannot be read: {error}", path=path))
+            )
         return None

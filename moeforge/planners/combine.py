@@ -22,6 +22,7 @@ class Slot:
         model: the model it comes from.
         name: its name there.
         own: parameters that the recipe gives this input alone.
+
     """
 
     model: Model
@@ -37,6 +38,7 @@ class Combiner:
         word: the method, as the recipe names it.
         dtype: dtype of the result; None for the inputs' own.
         path: where the recipe stands, for messages.
+
     """
 
     word: str
@@ -63,7 +65,9 @@ class Combiner:
                     hint = nearest(name, known) or f" Known: {', '.join(sorted(known))}."
                     self.findings.error(f'unknown parameter "{name}"{hint}', path=path)
                 elif name not in self.method.params:
-                    self.notes.error(f'method {self.word} has no parameter "{name}"; it is unused', path=path)
+                    self.notes.error(
+                        f'method {self.word} has no parameter "{name}"; it is unused', path=path
+                    )
                 elif per_input and self.method.params[name].scope == "shared":
                     what = f'"{name}" is one value for all inputs of {self.word}; it is unused here'
                     self.findings.error(what, "Move it to the parameters of the merge.", path)
@@ -73,8 +77,16 @@ class Combiner:
         fewest, most = self.method.inputs
         count = len(models)
         if count < fewest or (most is not None and count > most):
-            wanted = f"{fewest}" if fewest == most else f"at least {fewest}" if most is None else f"{fewest} to {most}"
-            said = f"{self.word} takes {wanted} model{'' if wanted == '1' else 's'}, here are {count}"
+            wanted = (
+                f"{fewest}"
+                if fewest == most
+                else f"at least {fewest}"
+                if most is None
+                else f"{fewest} to {most}"
+            )
+            said = (
+                f"{self.word} takes {wanted} model{'' if wanted == '1' else 's'}, here are {count}"
+            )
             self.findings.error(said, "A base_model counts as one of them.", path)
         if self.method.base == "required" and base is None:
             what = f"{self.word} needs a base_model that is one of its inputs"
@@ -96,6 +108,7 @@ class Combiner:
             shared: scopes that hold for all inputs, most specific first.
             base: index of the base among `slots`.
             position: place for gradients, from 0 to 1.
+
         """
         if self.method.base == "required" and base is not None:
             slots = [slots[base], *slots[:base], *slots[base + 1 :]]

@@ -41,13 +41,11 @@ def _untie(models: Sequence[Model]) -> list[Model]:
     ]
 
 
-def _finish_config(
-    config: Config, tensors: Sequence[PlannedTensor], dtype: str | None
-) -> Config:
+def _finish_config(config: Config, tensors: Sequence[PlannedTensor], dtype: str | None) -> Config:
     """Write the dtype, and whether the head is tied, as the tensors have it."""
     config = portable(config, dtype)
     names = {tensor.name for tensor in tensors}
-    if EMBEDDINGS in names and "tie_word_embeddings" in config or HEAD in names:
+    if (EMBEDDINGS in names and "tie_word_embeddings" in config) or HEAD in names:
         config["tie_word_embeddings"] = HEAD not in names
     return config
 
@@ -247,10 +245,14 @@ def _origins(parts: Sequence[_Part]) -> list[tuple[Config, int]]:
     ]
 
 
-def _check_sizes(
-    donor: Model, models: Sequence[Model], findings: Findings, path: Path
-) -> None:
-    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+def _check_sizes(donor: Model, models: Sequence[Model], findings: Findings, path: Path) -> None:
+    sizes = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
     for model in models:
         if model.config.get("model_type") != donor.config.get("model_type"):
             mine, theirs = donor.config.get("model_type"), model.config.get("model_type")
@@ -286,7 +288,9 @@ def _stack_tensors(
             for model, source in zip(part.models, part.entry.sources, strict=True):
                 index = source.layer_range[0] + offset
                 prefix = f"{model.layers.stem}{index}."
-                rests.append([n.removeprefix(prefix) for n in model.tensors if n.startswith(prefix)])
+                rests.append(
+                    [n.removeprefix(prefix) for n in model.tensors if n.startswith(prefix)]
+                )
             uneven = sorted(set().union(*map(set, rests)) - set.intersection(*map(set, rests)))
             if uneven:
                 what = f"the models of a slice do not all have {listing(uneven)} in each layer"
@@ -295,13 +299,17 @@ def _stack_tensors(
                 if rest in uneven:
                     continue
 
-                def name_in(i: int, rest: str = rest, part: _Part = part, offset: int = offset) -> str:
+                def name_in(
+                    i: int, rest: str = rest, part: _Part = part, offset: int = offset
+                ) -> str:
                     start = part.entry.sources[i].layer_range[0]
                     return f"{part.models[i].layers.stem}{start + offset}.{rest}"
 
                 name = f"{stem}{part.first + offset}.{rest}"
                 slots = part.slots(name_in)
-                tensors.append(combiner.tensor(name, slots, [part.scope, scope], part.base, position))
+                tensors.append(
+                    combiner.tensor(name, slots, [part.scope, scope], part.base, position)
+                )
     outside(parts[-1], before=False)
     return [tensor for tensor in tensors if tensor is not None]
 
@@ -318,7 +326,9 @@ def _with_layer_types(config: Config) -> Config:
     kind = config.get("model_type")
     if kind in _UNIFORM or "layer_types" in config or "text_config" in config:
         return config
-    if kind in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe") and not config.get("use_sliding_window"):
+    if kind in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe") and not config.get(
+        "use_sliding_window"
+    ):
         return config
     from transformers import CONFIG_MAPPING
 

@@ -26,6 +26,7 @@ class Layers:
     Attributes:
         stem: what stands before the layer number, `model.layers.`; "" where there are no layers.
         count: number of layers.
+
     """
 
     stem: str
@@ -50,6 +51,7 @@ class Model:
         donor: the source whose tokenizer it has.
         sources: every source that its expressions read.
         left_out: tensors of its checkpoint that knowingly have no place, with the reason.
+
     """
 
     label: str

@@ -32,6 +32,7 @@ def choose_family(config: Config, word: str, findings: Findings, path: Path) -> 
     Args:
         config: the base's raw config.
         word: "auto", the name of a family, or the start of it.
+
     """
     kind = str(config.get("model_type"))
     accepting = families.candidates(kind)
@@ -53,7 +54,9 @@ def choose_family(config: Config, word: str, findings: Findings, path: Path) -> 
     return None
 
 
-def _check_expert(base: Model, expert: Model, family: Family, findings: Findings, notes: Findings, path: Path) -> None:
+def _check_expert(
+    base: Model, expert: Model, family: Family, findings: Findings, notes: Findings, path: Path
+) -> None:
     kind = str(expert.config.get("model_type"))
     if kind not in family.accepts:
         what = f"{expert.label} is a {kind} model; {family.model_type} takes {', '.join(family.accepts)}"
@@ -157,10 +160,14 @@ class _Assembly:
         for template, fill in family.fills.items():
             name, shape = template.format(layer=index), fill.shape(self.dense)
             if shape and name not in taken:
-                tensors.append(PlannedTensor(name, TensorSpec(self.main_dtype, shape), Fill(fill.value)))
+                tensors.append(
+                    PlannedTensor(name, TensorSpec(self.main_dtype, shape), Fill(fill.value))
+                )
         router = family.router.format(layer=index)
         shape = (len(self.experts), self.dense["hidden_size"])
-        tensors.append(PlannedTensor(router, TensorSpec(self.main_dtype, shape), Read(ROUTERS, router)))
+        tensors.append(
+            PlannedTensor(router, TensorSpec(self.main_dtype, shape), Read(ROUTERS, router))
+        )
         for template, parts in family.experts.items():
             tensors.extend(self._experts(template, parts, index))
         return tensors
@@ -168,7 +175,9 @@ class _Assembly:
     def _experts(self, template: str, parts: tuple[str, ...], index: int) -> list[PlannedTensor]:
         if "{expert}" in template:
             return [
-                self._concat(template.format(layer=index, expert=e), [self._piece(e, index, parts[0])])
+                self._concat(
+                    template.format(layer=index, expert=e), [self._piece(e, index, parts[0])]
+                )
                 for e in range(len(self.experts))
             ]
         pieces = [self._piece(e, index, part) for e in range(len(self.experts)) for part in parts]
@@ -228,13 +237,26 @@ class _Assembly:
         )
         labels = tuple(expert.label for expert in self.experts)
         experts = Experts(
-            family.model_type, labels, per_token, recipe.gate_mode, routers, expert_parameters
+            family.model_type,
+            self.base.label,
+            labels,
+            per_token,
+            recipe.gate_mode,
+            routers,
+            expert_parameters,
         )
         sources = dict(self.base.sources)
         for expert in self.experts:
             sources.update(expert.sources)
         return Plan(
-            "moe", tensors, config, sources, self.base.donor, experts, self._left_out(), tuple(notes)
+            "moe",
+            tensors,
+            config,
+            sources,
+            self.base.donor,
+            experts,
+            self._left_out(),
+            tuple(notes),
         )
 
     def _left_out(self) -> dict[str, str]:

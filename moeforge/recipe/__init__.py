@@ -23,6 +23,7 @@ from moeforge.recipe.schema import (
     Slice,
     SliceSource,
     StackRecipe,
+    average,
     parse_kind,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "Slice",
     "SliceSource",
     "StackRecipe",
+    "average",
     "load",
 ]
 
@@ -51,6 +53,7 @@ class LoadedRecipe:
         document: its text and line numbers.
         folder: where relative paths are looked up first.
         stem: name of the file without its ending; the default name of the output.
+
     """
 
     recipe: Recipe
@@ -72,9 +75,12 @@ class LoadedRecipe:
 
         Raises:
             ValueError: the file cannot be used.
+
         """
         inline = tuple(Prompt(text=text) for text in expert.positive_prompts)
-        return inline + (prompts.load(self.find(expert.prompts_file)) if expert.prompts_file else ())
+        return inline + (
+            prompts.load(self.find(expert.prompts_file)) if expert.prompts_file else ()
+        )
 
 
 def load(recipe: str | Path | dict[str, Any]) -> LoadedRecipe:
@@ -85,6 +91,7 @@ def load(recipe: str | Path | dict[str, Any]) -> LoadedRecipe:
 
     Raises:
         RecipeError: with every mistake, each with its line, path and the nearest known word.
+
     """
     if isinstance(recipe, dict):
         text, folder, stem = json.dumps(recipe, indent=2), Path(), "merged"

@@ -21,6 +21,7 @@ class Document:
         text: the document as written.
         data: the same as dicts, lists and scalars.
         lines: line (from 1) of every key and list item, by path.
+
     """
 
     text: str
@@ -78,6 +79,7 @@ def parse(text: str) -> Document:
     Raises:
         RecipeError: it is not YAML, not one document, uses tags that would run code, or has
             duplicate keys.
+
     """
     loader = yaml.SafeLoader(text)
     try:

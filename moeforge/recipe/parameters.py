@@ -54,7 +54,9 @@ def _condition(entry: dict[str, Any]) -> Condition:
         raise PydanticCustomError("recipe", "{said}; expected filter and value", {"said": said})
     name_filter = entry.get("filter")
     if name_filter is not None and not isinstance(name_filter, str):
-        raise PydanticCustomError("recipe", "a filter is a string, got {f}", {"f": str(name_filter)})
+        raise PydanticCustomError(
+            "recipe", "a filter is a string, got {f}", {"f": str(name_filter)}
+        )
     return Condition(_value(entry["value"]), name_filter)
 
 
@@ -85,6 +87,7 @@ def coerce(value: Scalar, kind: type) -> Scalar:
 
     Raises:
         ParameterError: it is not one: `normalize: 2`, `t: high`.
+
     """
     if kind is bool and isinstance(value, bool):
         return value
@@ -119,6 +122,7 @@ def evaluate(
 
     Raises:
         ParameterError: a value has the wrong type.
+
     """
     for condition in setting:
         if not condition.matches(name) or condition.value == ():
@@ -166,6 +170,7 @@ def resolve(
 
     Raises:
         ParameterError: with the path of the setting in front.
+
     """
     for scope in scopes:
         setting = scope.settings.get(parameter)

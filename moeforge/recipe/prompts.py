@@ -38,6 +38,7 @@ def load(path: Path) -> tuple[Prompt, ...]:
 
     Raises:
         ValueError: with file and line, where it cannot be read, has another ending, or is empty.
+
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ Knows words, not models: whether layers exist or shapes agree is for `moeforge.p
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -23,7 +24,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from moeforge import catalog, tensors
 from moeforge.errors import nearest
 from moeforge.recipe.document import unknown
-from moeforge.recipe.parameters import Parameters
+from moeforge.recipe.parameters import Condition, Parameters
 
 
 def _wrong(message: str) -> PydanticCustomError:
@@ -95,6 +96,7 @@ class Reference(Strict):
         model: path, relative to the recipe or to the working directory, or a Hub id.
         revision: branch, tag or commit on the Hub.
         subfolder: folder inside the repository or path that holds config.json.
+
     """
 
     not_yet = ("lora", "override_architecture")
@@ -200,16 +202,30 @@ class Slice(Strict):
     parameters: Parameters = Field(default_factory=dict)
 
 
+class Evaluate(Strict):
+    """Held-out texts that the build ends with: the loss of the result and of its parts on them.
+
+    Attributes:
+        texts: UTF-8 text files by label.
+        compare: further models to measure.
+
+    """
+
+    texts: dict[str, str] = Field(min_length=1)
+    compare: tuple[Model, ...] = ()
+
+
 class Recipe(Strict):
     """What all kinds share.
 
     Attributes:
         dtype: dtype of the result; None keeps the inputs' own.
-        evaluate: held-out text files by label; the build ends with every model's loss on them.
+        evaluate: what to measure at the end of the build.
+
     """
 
     dtype: DTypeName | None = None
-    evaluate: dict[str, str] = Field(default_factory=dict)
+    evaluate: Evaluate | None = None
 
 
 class MergeRecipe(Recipe):
@@ -248,6 +264,7 @@ class Expert(Strict):
         prompts_file: `.txt` (blank line between prompts) or `.jsonl` (`{"text": …}` or
             `{"messages": […]}` per line), added to `positive_prompts`.
         residual_scale: factor on the expert's down projection.
+
     """
 
     source_model: Model
@@ -300,6 +317,7 @@ def parse_kind(data: dict[str, Any]) -> Recipe:
 
     Raises:
         ValidationError: with every mistake.
+
     """
     present = [key for key in KINDS if key in data]
     if len(present) != 1:
@@ -321,3 +339,11 @@ def parse_kind(data: dict[str, Any]) -> Recipe:
             ],
         )
     return KINDS[present[0]].model_validate(data)
+
+
+def average(models: Sequence[Any]) -> MergeRecipe:
+    """Return the recipe of the plain average of `models`."""
+    distinct = [model for i, model in enumerate(models) if model not in models[:i]]
+    inputs = tuple(MergeInput(model=model) for model in distinct)
+    weight = (Condition(1.0),)
+    return MergeRecipe(merge_method="linear", models=inputs, parameters={"weight": weight})

@@ -31,6 +31,7 @@ class Source(Protocol):
         key: name that is unique within a plan.
         config: the raw config.json.
         folder: where its tokenizer and other small files lie; None where there are none.
+
     """
 
     @property
@@ -73,6 +74,7 @@ def open_source(
     Raises:
         SourceError: it is neither, or is not a usable checkpoint.
         HubError: the Hub refused or could not be reached.
+
     """
     from moeforge.sources.folder import FolderSource
 

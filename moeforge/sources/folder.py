@@ -24,6 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         SourceError: it cannot be read or is something else.
+
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -39,6 +40,7 @@ def refuse_unusable(key: str, files: set[str], config: Mapping[str, Any] | None)
 
     Raises:
         SourceError: with what it is instead, and the way out.
+
     """
     if config is None:
         if "adapter_config.json" in files:
@@ -51,7 +53,9 @@ def refuse_unusable(key: str, files: set[str], config: Mapping[str, Any] | None)
         raise SourceError(Finding(what, "Give the folder that holds config.json."))
     quantization = config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
+        )
         what = f"{key} is quantised ({method}); its numbers cannot be merged"
         raise SourceError(Finding(what, "Use the 16-bit original."))
     if SINGLE not in files and INDEX not in files:
@@ -68,6 +72,7 @@ class FolderSource:
 
     Raises:
         SourceError: it is not one; tensors are missing or a file is damaged.
+
     """
 
     def __init__(self, key: str, folder: Path) -> None:
@@ -121,6 +126,7 @@ class FolderSource:
 
         Raises:
             OSError: the file cannot be read or has become shorter.
+
         """
         span = self._entries[name][1]
         descriptor = self._descriptor(span.path)

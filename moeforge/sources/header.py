@@ -61,6 +61,7 @@ def parse_header(raw: bytes, path: Path, data_bytes: int) -> dict[str, Entry]:
     Raises:
         ValueError: it is not a header, or tensors overlap, leave holes or end elsewhere than the
             file.
+
     """
     header = json.loads(raw, object_pairs_hook=_reject_duplicates)
     if not isinstance(header, dict):
@@ -70,7 +71,9 @@ def parse_header(raw: bytes, path: Path, data_bytes: int) -> dict[str, Entry]:
     position = 0
     for name, (_, begin, end) in sorted(parsed.items(), key=lambda item: item[1][1:]):
         if begin != position:
-            raise ValueError(f"{name} starts at byte {begin}, but the one before ends at {position}")
+            raise ValueError(
+                f"{name} starts at byte {begin}, but the one before ends at {position}"
+            )
         position = end
     if position != data_bytes:
         said = f"the header promises {position} bytes of data, the file has {data_bytes}"
@@ -87,6 +90,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     Raises:
         SourceError: the file is missing, short or lies about its contents.
+
     """
     try:
         size = path.stat().st_size

@@ -63,25 +63,26 @@ def explain(error: Exception, what: str) -> HubError:
     Args:
         error: what huggingface_hub raised.
         what: what could not be used or done.
+
     """
     from huggingface_hub import errors
 
     http_error = errors.HfHubHTTPError.__bases__[0]  # of httpx or of httpx2
     chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(inner)
     answer = next((e for e in chain if isinstance(e, errors.HfHubHTTPError)), None)
     if answer is not None:
         reason, fix = _explain_answer(answer)
     elif isinstance(chain[-1], errors.LocalEntryNotFoundError):
-        reason = "it is not in the local cache, and offline mode is on"
+        reason = "offline mode is on, and it is not in the cache"
         fix = "Go online once, or fetch it with `hf download`."
     elif isinstance(chain[-1], errors.OfflineModeIsEnabled):
-        reason, fix = "offline mode is on", "Unset HF_HUB_OFFLINE, or fetch it with `hf download`."
+        reason, fix = "offline mode is on", "Unset HF_HUB_OFFLINE."
     elif any(isinstance(e, http_error) for e in chain):
-        system = next((str(e) for e in chain if isinstance(e, OSError)), type(chain[-1]).__name__)
+        system = str(chain[-1]) if isinstance(chain[-1], OSError) else type(chain[-1]).__name__
         reason = f"the connection to the Hub failed ({system})"
-        fix = "Check network, proxy and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses what is in the local cache."
+        fix = "Check network, proxy and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses the local cache only."
     else:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         fix = "Correct what it names and try again; finished transfers are not repeated."
@@ -105,6 +106,7 @@ class HubSource:
     Raises:
         HubError: the Hub refused or could not be reached, or offline it is not in the cache.
         SourceError: the repository is not a usable checkpoint.
+
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class HubSource:
         self._offline = offline or constants.HF_HUB_OFFLINE
         self._lock = threading.Lock()
         self._downloaded: FolderSource | None = None
-        # Offline the cache may hold less than all small files, having been filled by other programs.
+        # Other programs also fill the cache, so offline not all small files can be asked for.
         snapshot = self._fetch_files(("config.json",) if self._offline else _SMALL, revision)
         self.commit = snapshot.name
         self.folder: Path = snapshot / self._prefix
@@ -135,7 +137,7 @@ class HubSource:
         self.config: dict[str, Any] = config or {}
 
     def _fetch_files(self, patterns: Iterable[str], revision: str | None) -> Path:
-        """Put the files beside config.json that match into the cache; return its snapshot folder."""
+        """Put matching files beside config.json into the cache; return the snapshot's folder."""
         from huggingface_hub import snapshot_download
 
         prefix = glob.escape(self._prefix)
@@ -191,10 +193,13 @@ class HubSource:
         return weight_map
 
     @property
+    def _weight_files(self) -> list[str]:
+        return sorted(set(self._index.values())) or [SINGLE]
+
+    @property
     def _missing(self) -> list[str]:
         """Weights files that are not in the local cache."""
-        files = sorted(set(self._index.values())) or [SINGLE]
-        return [file for file in files if not (self.folder / file).exists()]
+        return [file for file in self._weight_files if not (self.folder / file).exists()]
 
     @property
     def _local(self) -> FolderSource:
@@ -203,7 +208,7 @@ class HubSource:
             if self._downloaded is None:
                 missing = self._missing
                 if missing and self._offline:
-                    what = f"{self.key}: {missing[0]} is not in the local cache, and offline mode is on"
+                    what = f"{self.key}: offline mode is on, and {missing[0]} is not in the cache"
                     fix = f"Go online once, or fetch it with `hf download {self.repo_id}`."
                     raise HubError(Finding(what, fix))
                 if missing:
@@ -213,7 +218,11 @@ class HubSource:
 
     def _fetch_range(self, file: str, start: int, count: int) -> bytes:
         from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but no __all__
+            build_hf_headers,
+            hf_raise_for_status,
+            http_stream_backoff,
+        )
 
         url = hf_hub_url(self.repo_id, self._prefix + file, revision=self.commit)
         wanted = {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
@@ -222,7 +231,7 @@ class HubSource:
         try:
             with http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
                 hf_raise_for_status(response)
-                # A server without ranges answers 200 and starts at byte 0: hang up when it is enough.
+                # A server without ranges answers 200 from byte 0 on: hang up when it is enough.
                 skip = start if response.status_code == 200 else 0
                 data = bytearray()
                 for chunk in response.iter_bytes():
@@ -247,10 +256,9 @@ class HubSource:
 
     @cached_property
     def _remote_specs(self) -> dict[str, TensorSpec]:
-        files = sorted(set(self._index.values())) or [SINGLE]
         entries: dict[str, Entry] = {}
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            for header in pool.map(self._remote_header, files):
+            for header in pool.map(self._remote_header, self._weight_files):
                 entries.update(header)
         lost = sorted(set(self._index) - set(entries))
         if lost:
@@ -277,5 +285,6 @@ class HubSource:
         Raises:
             HubError: the download failed.
             OSError: the file cannot be read or has become shorter.
+
         """
         self._local.read(name, start, out)

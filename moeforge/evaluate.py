@@ -1,0 +1,92 @@
+"""Owns what a recipe's `evaluate` asks for: which models are compared with the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeforge.plan import Plan
+from moeforge.planners import Model, Planner
+from moeforge.recipe import MoeRecipe, Recipe, average
+from moeforge.routers import Weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moeforge.proof.heldout import HeldOut
+
+
+def _loader(model: Model) -> Callable[[], nn.Module]:
+    def load() -> nn.Module:
+        from moeforge.forward import load_dense
+
+        return load_dense(model.config, Weights(model).read)
+
+    return load
+
+
+def _compared(planner: Planner, recipe: Recipe, plan: Plan) -> dict[str, Model]:
+    """Return the models to compare by label: those asked for, the parts, and their average."""
+    assert recipe.evaluate is not None
+    models: dict[str, Model] = {}
+
+    def add(label: str | None, entry: object) -> None:
+        model = planner.model(entry, ("evaluate",))
+        if model is not None:
+            models.setdefault(label or model.label, model)
+
+    for entry in recipe.evaluate.compare:
+        add(None, entry)
+    if isinstance(recipe, MoeRecipe):
+        add("base" if recipe.base_model not in recipe.evaluate.compare else None, recipe.base_model)
+        for expert in recipe.experts:
+            add(None, expert.source_model)
+        add("average of the experts", average([expert.source_model for expert in recipe.experts]))
+    return models
+
+
+def evaluate_result(
+    planner: Planner,
+    recipe: Recipe,
+    plan: Plan,
+    work: Path,
+    texts: Mapping[str, Path],
+    progress: Callable[[str, int, int], None],
+) -> HeldOut:
+    """Measure the result in folder `work`, and what it was made of, on held-out `texts`.
+
+    Raises:
+        BuildError: a text is too short, or transformers does not load the result cleanly.
+
+    """
+    from dataclasses import replace
+
+    from moeforge.gates._tokenize import load_tokenizer
+    from moeforge.proof.heldout import load_output, measure, routing
+
+    result: list[nn.Module] = []
+
+    def load_result() -> nn.Module:
+        result.append(load_output(work))
+        return result[0]
+
+    models = {label: _loader(model) for label, model in _compared(planner, recipe, plan).items()}
+    label = "mixture" if plan.experts else plan.kind
+    models[label] = load_result
+    tokenizer = load_tokenizer(work)
+    report, windows = measure(
+        texts, tokenizer, models, lambda done, total: progress("held-out text", done, total)
+    )
+    progress("held-out text", len(models), len(models))
+    if not plan.experts:
+        return report
+    weights = Weights(
+        Model("", plan.config, {t.name: t for t in plan.tensors}, plan.donor, plan.sources)
+    )
+    routers = [weights.read(name) for name in plan.experts.routers]
+    shares = {
+        domain: routing(result[0], routers, plan.experts.per_token, ids)
+        for domain, ids in windows.items()
+    }
+    return replace(report, experts=plan.experts.labels, routing=shares)

@@ -1,0 +1,268 @@
+"""The whole story on one screen: recipe → plan → routers → bytes → proof → folder.
+
+The flags of the command line are the arguments here, with the same names and meanings.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeforge import engine, gates
+from moeforge import recipe as recipes
+from moeforge.engine import Settings
+from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
+from moeforge.output import card, folder
+from moeforge.output.layout import DEFAULT_SHARD_SIZE, index, lay_out
+from moeforge.plan import ROUTERS, Plan
+from moeforge.planners import Planner
+from moeforge.recipe import LoadedRecipe, MoeRecipe, Prompt, Reference
+from moeforge.routers import compute_routers
+from moeforge.sources import Source, open_source
+
+if TYPE_CHECKING:
+    from moeforge.proof.heldout import HeldOut
+
+RecipeLike = str | Path | dict[str, Any]
+Progress = Callable[[str, int, int], None]
+"""Called with the phase ("routers", "tensors", "held-out text"), what is done of it, and all of it;
+tensors are counted in bytes."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished build.
+
+    Attributes:
+        folder: where the model is.
+        plan: how it was made.
+        seconds: wall-clock time.
+        heldout: losses and routing on held-out text, if the recipe asks for them.
+
+    """
+
+    folder: Path
+    plan: Plan
+    seconds: float
+    heldout: HeldOut | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known before a build: `errors` stop it, `notes` do not."""
+
+    errors: tuple[Finding, ...]
+    notes: tuple[Finding, ...]
+    plan: Plan | None
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    loaded: LoadedRecipe
+    planner: Planner
+    plan: Plan
+    prompts: Sequence[tuple[int, bool, Prompt]]
+
+
+def _expert_prompts(loaded: LoadedRecipe, recipe: MoeRecipe) -> list[tuple[int, bool, Prompt]]:
+    """Return expert, negative or not, and prompt; every problem with prompts at once."""
+    needed = gates.load(recipe.gate_mode).needs_prompts
+    findings = []
+    prompts: list[tuple[int, bool, Prompt]] = []
+    seen: dict[tuple[Prompt, ...], int] = {}
+    for i, expert in enumerate(recipe.experts):
+        path = ("experts", i)
+        try:
+            positive = loaded.expert_prompts(expert)
+        except ValueError as error:
+            findings.append(Finding(str(error), path=(*path, "prompts_file")))
+            continue
+        if needed and not positive:
+            what = f"gate mode {recipe.gate_mode} needs prompts for every expert, this one has none"
+            fix = "Add positive_prompts or prompts_file, or choose gate_mode: random to train it."
+            findings.append(Finding(what, fix, path))
+        elif needed and positive in seen:
+            what = f"experts[{seen[positive]}] has the same prompts: no router can tell them apart"
+            findings.append(Finding(what, "Give each expert prompts of its own.", path))
+        seen.setdefault(positive, i)
+        prompts += [(i, False, prompt) for prompt in positive]
+        prompts += [(i, True, Prompt(text=text)) for text in expert.negative_prompts]
+    if findings:
+        raise PlanError(*findings)
+    return prompts if needed else []
+
+
+def _check_texts(loaded: LoadedRecipe, plan: Plan) -> None:
+    evaluate = loaded.recipe.evaluate
+    if evaluate is None:
+        return
+    findings = [
+        Finding(f"{text} does not exist", path=("evaluate", "texts", label))
+        for label, text in evaluate.texts.items()
+        if not loaded.find(text).is_file()
+    ]
+    if not folder.has_tokenizer(plan.donor.folder):
+        what = f"evaluate needs a tokenizer, and {plan.donor.key} has none"
+        findings.append(Finding(what, "Add its tokenizer files, or drop evaluate.", ("evaluate",)))
+    if findings:
+        raise PlanError(*findings)
+
+
+def _prepare(recipe: RecipeLike, *, offline: bool) -> _Prepared:
+    """Do everything that needs no weights."""
+    loaded = recipes.load(recipe)
+
+    def open_reference(reference: Reference) -> Source:
+        return open_source(
+            reference.model,
+            reference.revision,
+            reference.subfolder,
+            beside=loaded.folder,
+            offline=offline,
+        )
+
+    planner = Planner(open_reference)
+    try:
+        plan = planner.plan(loaded.recipe)
+        prompts: list[tuple[int, bool, Prompt]] = []
+        if isinstance(loaded.recipe, MoeRecipe):
+            prompts = _expert_prompts(loaded, loaded.recipe)
+            if prompts and not folder.has_tokenizer(plan.donor.folder):
+                what = (
+                    f"gate mode {loaded.recipe.gate_mode} reads prompts, but {plan.donor.key} has"
+                )
+                fix = "Add its tokenizer files, or choose gate_mode: random."
+                raise PlanError(Finding(f"{what} no tokenizer", fix, ("base_model",)))
+        _check_texts(loaded, plan)
+    except MoeforgeError as error:
+        raise type(error)(*loaded.place(error.findings)) from error.__cause__
+    return _Prepared(loaded, planner, plan, prompts)
+
+
+def _notes(prepared: _Prepared) -> tuple[Finding, ...]:
+    notes = list(prepared.loaded.place(prepared.plan.notes))
+    if not folder.has_tokenizer(prepared.plan.donor.folder):
+        notes.append(Finding(f"{prepared.plan.donor.key} has no tokenizer: the output has none"))
+    return tuple(notes)
+
+
+def plan(recipe: RecipeLike, *, offline: bool = False) -> Plan:
+    """Plan a recipe from headers and configs alone; no weight is read or downloaded.
+
+    Args:
+        recipe: path of a YAML file, or the same as a dict.
+        offline: use only what is in the local Hub cache.
+
+    Raises:
+        MoeforgeError: with everything that is wrong.
+
+    """
+    return _prepare(recipe, offline=offline).plan
+
+
+def check(recipe: RecipeLike, *, offline: bool = False) -> Report:
+    """Say what stands against building a recipe, without raising.
+
+    Args:
+        recipe: path of a YAML file, or the same as a dict.
+        offline: use only what is in the local Hub cache.
+
+    """
+    try:
+        prepared = _prepare(recipe, offline=offline)
+    except MoeforgeError as error:
+        return Report(error.findings, (), None, error.exit_code)
+    return Report((), _notes(prepared), prepared.plan, 0)
+
+
+def build(
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    memory: int | None = None,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    offline: bool = False,
+    progress: Progress = lambda phase, done, total: None,
+    note: Callable[[Finding], None] = lambda finding: None,
+) -> Result:
+    """Build the model of a recipe.
+
+    Args:
+        recipe: path of a YAML file, or the same as a dict.
+        out: output folder; the recipe's stem in the working directory if None.
+        device: torch device for arithmetic and routers.
+        threads: workers; one per core if None.
+        memory: bytes that the process may take, for choosing the slice size.
+        shard_size: most bytes of tensors per file.
+        overwrite: replace an existing model folder.
+        offline: use only what is in the local Hub cache.
+        progress: told what is done.
+        note: told what is worth knowing, before work starts.
+
+    Raises:
+        MoeforgeError: with everything that is wrong; nothing was published.
+
+    """
+    began = time.perf_counter()
+    prepared = _prepare(recipe, offline=offline)
+    plan = prepared.plan
+    target = Path(out) if out is not None else Path(prepared.loaded.stem)
+    for finding in _notes(prepared):
+        note(finding)
+    settings = Settings(threads=threads, memory=memory, device=device)
+    shards = lay_out(plan.tensors, shard_size)
+    folder.refuse_existing(target, overwrite=overwrite)
+    _check_room(plan, settings, target)
+    with folder.staging(target, overwrite=overwrite) as work:
+        if plan.experts:
+            routers = compute_routers(
+                plan, prepared.planner, prepared.loaded.recipe, prepared.prompts, device, progress
+            )
+            plan = _with_routers(plan, routers)
+        total = plan.nbytes
+        engine.run(plan, shards, work, settings, lambda done: progress("tensors", done, total))
+        folder.write_json(work / "config.json", plan.config)
+        if text := index(shards):
+            (work / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        folder.copy_companions(plan.donor.folder, work)
+        (work / "moeforge.yml").write_text(prepared.loaded.document.text, encoding="utf-8")
+        heldout = _evaluate(prepared, plan, work, progress)
+        tables = heldout.tables() if heldout else []
+        text = card.render(plan, card.Card(target.name, prepared.loaded.document.text, tables))
+        (work / "README.md").write_text(text, encoding="utf-8")
+    return Result(target, plan, time.perf_counter() - began, heldout)
+
+
+def _with_routers(plan: Plan, routers: Source) -> Plan:
+    from dataclasses import replace
+
+    return replace(plan, sources={**plan.sources, ROUTERS: routers})
+
+
+def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
+    """Refuse what cannot fit on the disk or in the memory that it may take."""
+    needed, free = plan.nbytes, engine.free_space(target)
+    if needed > free:
+        what = f"the output takes {needed / 1e9:.2f} GB, {target.absolute().parent} has {free / 1e9:.2f} GB"
+        raise BuildError(Finding(what, "Choose another disk with -o, or a smaller dtype."))
+    peak = engine.peak_memory(plan, settings)
+    if settings.memory and peak > settings.memory:
+        what = f"this build needs about {peak / 1e6:.0f} MB, --memory allows {settings.memory / 1e6:.0f} MB"
+        raise BuildError(Finding(what, "Allow more, or use fewer --threads."))
+
+
+def _evaluate(prepared: _Prepared, plan: Plan, work: Path, progress: Progress) -> HeldOut | None:
+    recipe = prepared.loaded.recipe
+    if recipe.evaluate is None:
+        return None
+    from moeforge.evaluate import evaluate_result
+
+    texts = {label: prepared.loaded.find(text) for label, text in recipe.evaluate.texts.items()}
+    return evaluate_result(prepared.planner, recipe, plan, work, texts, progress)

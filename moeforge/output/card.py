@@ -1,0 +1,132 @@
+"""Owns the model card: README.md with front matter that the Hub understands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moeforge import methods
+from moeforge.plan import ROUTERS, Merge, Plan, walk
+from moeforge.sources import Source
+from moeforge.version import __version__
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card tells beyond the plan.
+
+    Attributes:
+        name: name of the model.
+        recipe: the recipe as given.
+        tables: Markdown tables of what was measured; may be empty.
+
+    """
+
+    name: str
+    recipe: str
+    tables: Sequence[str] = ()
+
+
+def _hub_id(source: Source) -> str | None:
+    return getattr(source, "repo_id", None)
+
+
+def _link(source: Source) -> str:
+    repo = _hub_id(source)
+    return f"[{repo}](https://huggingface.co/{repo})" if repo else f"`{source.key}`"
+
+
+def _front_matter(plan: Plan) -> str:
+    from huggingface_hub import ModelCardData
+
+    kind = {"moe": ["moe"], "stack": ["frankenmerge"], "merge": []}[plan.kind]
+    parents = [repo for source in plan.sources.values() if (repo := _hub_id(source))]
+    data = ModelCardData(
+        base_model=parents or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merge", *kind, "moeforge"],
+    )
+    # The Hub shows "merge" relations only where there are parents to relate to.
+    extra = "\nbase_model_relation: merge" if parents else ""
+    return f"---\n{data.to_yaml()}{extra}\n---"
+
+
+def amount(count: int) -> str:
+    """Return a number of parameters for people: 1.23 B, 851 M, 940 k."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def _method_words(plan: Plan) -> str:
+    words = {part.method for t in plan.tensors for part in walk(t.expr) if isinstance(part, Merge)}
+    named = []
+    for word in sorted(words - {"passthrough"}):
+        method = methods.load(word)
+        named.append(f"[{method.title}]({method.paper})" if method.paper else method.title)
+    return ", ".join(named)
+
+
+def _summary(plan: Plan) -> str:
+    count = len(plan.sources.keys() - {ROUTERS})
+    merged = _method_words(plan)
+    if plan.experts:
+        e = plan.experts
+        text = (
+            f"A mixture of {len(e.labels)} experts ({plan.config['architectures'][0]}), of which each "
+            f"token passes through {e.per_token}. Attention, norms and embeddings come from the base; "
+            f"the router was initialised by `{e.gate_mode}`."
+        )
+    elif plan.kind == "stack":
+        text = f"Layers of {count} model{'s' if count > 1 else ''}, stacked."
+    else:
+        text = f"A merge of {count} model{'s' if count > 1 else ''}."
+    return text + (f" Merged by {merged}." if merged else "")
+
+
+def _parents(plan: Plan) -> str:
+    rows = ["| model | role |", "|---|---|"]
+    for key, source in plan.sources.items():
+        if key == ROUTERS:
+            continue
+        roles = ["base"] if plan.experts and key == plan.experts.base else []
+        if plan.experts and key in plan.experts.labels:
+            numbers = [str(i) for i, label in enumerate(plan.experts.labels) if label == key]
+            roles.append(f"expert {', '.join(numbers)}")
+        if source is plan.donor:
+            roles.append("config and tokenizer")
+        rows.append(f"| {_link(source)} | {'; '.join(roles) or 'input'} |")
+    return "\n".join(rows)
+
+
+def render(plan: Plan, card: Card) -> str:
+    """Return the text of README.md."""
+    active = ""
+    if plan.active_parameters != plan.parameters:
+        active = f", {amount(plan.active_parameters)} active per token"
+    dtype = plan.config.get("dtype", "")
+    memory = f"{plan.nbytes / 1e9:.2f} GB" if plan.nbytes >= 1e7 else f"{plan.nbytes / 1e6:.2f} MB"
+    parts = [
+        _front_matter(plan),
+        f"# {card.name}",
+        _summary(plan),
+        f"{amount(plan.parameters)} parameters{active}; {dtype} weights, {memory} in memory.",
+        "## Parents",
+        _parents(plan),
+    ]
+    if card.tables:
+        parts += ["## Measured on held-out text", *card.tables]
+    parts += [
+        "## How to load",
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{card.name}", dtype="auto")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{card.name}")\n'
+        "```",
+        "## Recipe",
+        f"Made with moeforge {__version__} (`moeforge build moeforge.yml`).",
+        f"```yaml\n{card.recipe.rstrip()}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"

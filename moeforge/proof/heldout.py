@@ -1,0 +1,184 @@
+"""Owns measuring models on held-out text: loss per domain, and where a mixture's tokens go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeforge.errors import BuildError, Finding
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_WINDOW = 256
+"""Tokens per window; each begins with BOS where the tokenizer has one."""
+_BATCH = 16
+"""Windows per forward pass."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What was measured.
+
+    Attributes:
+        domains: labels of the texts.
+        tokens: predicted tokens per domain.
+        losses: for each model, mean cross entropy in nats per token for each domain.
+        experts: labels of a mixture's experts; empty for other models.
+        routing: for each domain, the share of router weight that each expert gets, averaged over
+            tokens and layers.
+
+    """
+
+    domains: tuple[str, ...]
+    tokens: tuple[int, ...]
+    losses: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    experts: tuple[str, ...] = ()
+    routing: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def mean(self, model: str) -> float:
+        """Return the loss of `model` averaged over domains."""
+        return sum(self.losses[model]) / len(self.domains)
+
+    def tables(self) -> list[str]:
+        """Return the losses, and the routing if there is one, as Markdown tables."""
+        lines = [
+            f"| nats/token | {' | '.join(self.domains)} | mean |",
+            "|---|" + "---:|" * (len(self.domains) + 1),
+        ]
+        for model, losses in self.losses.items():
+            cells = " | ".join(f"{loss:.3f}" for loss in (*losses, self.mean(model)))
+            lines.append(f"| {model} | {cells} |")
+        tables = ["\n".join(lines)]
+        if self.routing:
+            lines = [
+                f"| share of router weight | {' | '.join(self.experts)} |",
+                "|---|" + "---:|" * len(self.experts),
+            ]
+            for domain, shares in self.routing.items():
+                lines.append(f"| {domain} | {' | '.join(f'{share:.0%}' for share in shares)} |")
+            tables.append("\n".join(lines))
+        return tables
+
+
+def windows(tokenizer: Any, path: Path) -> Tensor:
+    """Return the text of `path` as token ids [windows, tokens]; an incomplete last one is left out.
+
+    Raises:
+        BuildError: the text is shorter than one window.
+
+    """
+    import torch
+
+    ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    size = _WINDOW - (bos is not None)
+    rows = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+    if not rows:
+        what = f"{path} has {len(ids)} tokens, fewer than a window of {size}"
+        raise BuildError(Finding(what, "Give more held-out text."))
+    return torch.tensor([[bos, *row] if bos is not None else row for row in rows])
+
+
+def loss(model: nn.Module, ids_WT: Tensor) -> float:
+    """Return the mean cross entropy of `model` on windows `ids_WT`, in nats per predicted token."""
+    import torch
+
+    total = 0.0
+    with torch.no_grad():
+        for batch in ids_WT.split(_BATCH):
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+            total += float(
+                torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+                )
+            )
+    return total / ids_WT[:, 1:].numel()
+
+
+def load_output(folder: Path) -> nn.Module:
+    """Load a finished model as a user would, in float32.
+
+    Raises:
+        BuildError: a tensor is missing, unexpected, or of another shape.
+
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from moeforge.forward import quiet
+
+    with quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, output_loading_info=True
+        )
+    wrong = {kind: names for kind, names in info.items() if names}
+    if wrong:
+        raise BuildError(Finding(f"transformers does not load the result as it is: {wrong}"))
+    loaded: nn.Module = model
+    return loaded
+
+
+def routing(
+    model: nn.Module, routers: Sequence[Tensor], per_token: int, ids_WT: Tensor
+) -> tuple[float, ...]:
+    """Return the share of router weight of each expert, averaged over tokens and layers.
+
+    Args:
+        model: a mixture of experts in transformers.
+        routers: router weight [experts, hidden] of each layer; scores are softmax over the
+            `per_token` largest logits.
+        per_token: experts per token.
+        ids_WT: windows of token ids; a leading BOS counts like any token.
+
+    """
+    import torch
+
+    shares = torch.zeros(len(routers[0]), dtype=torch.float64)
+
+    def watch(weight: Tensor) -> Callable[[Any, Any], None]:
+        def hook(module: Any, inputs: Any) -> None:
+            logits = inputs[0].float().flatten(0, 1) @ weight.float().T
+            values, chosen = logits.topk(per_token)
+            shares.index_add_(0, chosen.flatten(), values.softmax(-1).flatten().double())
+
+        return hook
+
+    hooks = []
+    for layer, weight in zip(model.base_model.layers, routers, strict=True):  # type: ignore[union-attr, arg-type]
+        block = getattr(layer, "block_sparse_moe", None) or layer.mlp
+        hooks.append(block.register_forward_pre_hook(watch(weight)))
+    loss(model, ids_WT)
+    for hook in hooks:
+        hook.remove()
+    return tuple((shares / shares.sum()).tolist())
+
+
+def measure(
+    texts: Mapping[str, Path],
+    tokenizer: Any,
+    models: Mapping[str, Callable[[], nn.Module]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[HeldOut, dict[str, Tensor]]:
+    """Measure every model on every text, one model in memory at a time.
+
+    Args:
+        texts: files by domain.
+        tokenizer: the tokenizer of all the models.
+        models: how to load each, by label.
+        progress: called with models done and their number.
+
+    Returns:
+        The losses, and the windows of each domain.
+
+    """
+    batches = {domain: windows(tokenizer, path) for domain, path in texts.items()}
+    tokens = tuple(ids[:, 1:].numel() for ids in batches.values())
+    report = HeldOut(tuple(texts), tokens)
+    for done, (label, load) in enumerate(models.items()):
+        progress(done, len(models))
+        model = load()
+        report.losses[label] = tuple(loss(model, ids) for ids in batches.values())
+    return report, batches

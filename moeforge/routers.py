@@ -1,0 +1,132 @@
+"""Owns bringing a mixture's base, its prompts and a gate mode together into router weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moeforge import gates
+from moeforge.engine.whole import evaluate
+from moeforge.errors import BuildError, Finding
+from moeforge.gates import GateInput
+from moeforge.plan import ROUTERS, Plan, Read
+from moeforge.planners import Model, Planner
+from moeforge.planners.model import EMBEDDINGS
+from moeforge.recipe import MoeRecipe, Prompt, Recipe
+from moeforge.sources import Source
+from moeforge.sources.memory import MemorySource
+from moeforge.tensors import FLOAT32, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moeforge.forward import LayerInputs
+
+
+class Weights:
+    """Reads tensors of a model, checkpoint or inline recipe, whole and in float32."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._plan = Plan("merge", (), model.config, model.sources, model.donor)
+
+    def read(self, name: str) -> Tensor:
+        """Return tensor `name` in its shape; a tied head is the embedding matrix."""
+        if name == "lm_head.weight" and self._model.tied:
+            name = EMBEDDINGS
+        tensor = self._model.tensors[name]
+        return evaluate(self._plan, tensor.expr, tensor.spec.numel).reshape(tensor.spec.shape)
+
+    def rows(self, ids: Sequence[int]) -> Tensor:
+        """Return rows `ids` of the embedding matrix, reading no more than it must."""
+        import torch
+
+        from moeforge.engine.evaluate import torch_dtype
+
+        tensor = self._model.tensors[EMBEDDINGS]
+        if not isinstance(tensor.expr, Read):
+            return self.read(EMBEDDINGS)[list(ids)]
+        source = self._model.sources[tensor.expr.source]
+        dtype = source.specs()[tensor.expr.name].dtype
+        width = tensor.spec.shape[1]
+        raw = bytearray(len(ids) * width * dtype.itemsize)
+        size = width * dtype.itemsize
+        for place, row in enumerate(ids):
+            view = memoryview(raw)[place * size : (place + 1) * size]
+            source.read(tensor.expr.name, row * size, view)
+        return torch.frombuffer(raw, dtype=torch_dtype(dtype)).reshape(-1, width).float()
+
+
+def compute_routers(
+    plan: Plan,
+    planner: Planner,
+    recipe: Recipe,
+    prompts: Sequence[tuple[int, bool, Prompt]],
+    device: str,
+    progress: Callable[[str, int, int], None],
+) -> Source:
+    """Return the router weights of `plan` as a source, in float32.
+
+    Args:
+        plan: a plan for a mixture.
+        planner: the planner that made it.
+        recipe: its recipe.
+        prompts: expert, negative or not, and prompt.
+        device: torch device that the base runs on.
+        progress: told the layers done.
+
+    Raises:
+        SourceError: the tokenizer cannot be used.
+        BuildError: the base cannot be run, or the gates are not finite.
+
+    """
+    assert isinstance(recipe, MoeRecipe)
+    assert plan.experts is not None
+    base = planner.model(recipe.base_model, ("base_model",))
+    assert base is not None
+    depth = len(plan.experts.routers)
+    hidden = int(plan.config["hidden_size"])
+    weights = Weights(base)
+    tokenized = _tokenize(plan, prompts)
+
+    def walk() -> Iterator[Sequence[LayerInputs]]:
+        from moeforge.forward import layer_inputs
+
+        ids = [prompt.ids for prompt in tokenized]
+        layers = layer_inputs(base.config, ids, weights.read, weights.rows, device)
+        for done, inputs in enumerate(layers):
+            progress("routers", done, depth)
+            yield inputs
+        progress("routers", depth, depth)
+
+    shape = (depth, len(plan.experts.labels), hidden)
+    gate = gates.load(plan.experts.gate_mode)
+    try:
+        gates_LEH = gate.build(GateInput(shape, recipe.seed, tokenized, weights.rows, walk))
+    except ValueError as error:
+        raise BuildError(Finding(f"the router cannot be computed: {error}")) from error
+    if not bool(gates_LEH.isfinite().all()):
+        what = "the router weights are not finite: the base computes NaN or infinity on the prompts"
+        raise BuildError(Finding(what, "Check the base model; its weights may be damaged."))
+    return _as_source(gates_LEH, plan.experts.routers)
+
+
+def _tokenize(plan: Plan, prompts: Sequence[tuple[int, bool, Prompt]]) -> Sequence[Any]:
+    if not prompts:
+        return []
+    from moeforge.gates._tokenize import load_tokenizer, tokenize
+
+    assert plan.donor.folder is not None
+    most = plan.config.get("max_position_embeddings")
+    return tokenize(load_tokenizer(plan.donor.folder), prompts, most)
+
+
+def _as_source(gates_LEH: Tensor, names: Sequence[str]) -> Source:
+    import torch
+
+    spec = TensorSpec(FLOAT32, tuple(gates_LEH.shape[1:]))
+    tensors = {
+        name: (spec, bytes(gate.contiguous().float().view(torch.uint8).flatten().numpy()))
+        for name, gate in zip(names, gates_LEH, strict=True)
+    }
+    return MemorySource(ROUTERS, tensors)

@@ -1,0 +1,257 @@
+"""Owns what plans, checkpoints, shelves and results look like, as tables and as JSON."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from moeforge import catalog, engine, families, gates, methods
+from moeforge.engine import Settings
+from moeforge.methods import REQUIRED
+from moeforge.output.card import amount
+from moeforge.output.layout import lay_out
+from moeforge.plan import Plan, dump
+from moeforge.planners.model import from_source
+from moeforge.sources import Source
+
+if TYPE_CHECKING:
+    from moeforge.proof.heldout import HeldOut
+
+SHELVES = ("methods", "families", "gates")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def describe(plan: Plan, shard_size: int) -> dict[str, Any]:
+    """Return a plan as plain data: totals, config, and every tensor with its place and origin."""
+    shards = lay_out(plan.tensors, shard_size)
+    data: dict[str, Any] = {
+        "kind": plan.kind,
+        "architecture": (plan.config.get("architectures") or ["unknown"])[0],
+        "parameters": plan.parameters,
+        "active_parameters": plan.active_parameters,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": sum(shard.nbytes for shard in shards),
+        "bytes_copied": plan.bytes_copied,
+        "disk_needed": sum(shard.nbytes for shard in shards),
+        "peak_memory": engine.peak_memory(plan, Settings()),
+        "config": plan.config,
+        "sources": list(plan.sources),
+        "notes": [str(note) for note in plan.notes],
+        "left_out": dict(plan.left_out),
+        "tensors": [
+            {
+                "name": entry.tensor.name,
+                "dtype": entry.tensor.spec.dtype.name,
+                "shape": list(entry.tensor.spec.shape),
+                "file": shard.name,
+                "offset": entry.offset,
+                "from": dump(entry.tensor.expr),
+            }
+            for shard in shards
+            for entry in shard.entries
+        ],
+    }
+    if plan.experts:
+        data["experts"] = {
+            "family": plan.experts.family,
+            "experts": list(plan.experts.labels),
+            "per_token": plan.experts.per_token,
+            "gate_mode": plan.experts.gate_mode,
+        }
+        # The base is run one layer at a time, in float32, beside the interpreter with transformers.
+        if gates.load(plan.experts.gate_mode).needs_prompts:
+            data["peak_memory"] = max(data["peak_memory"], router_memory(plan))
+    return data
+
+
+TRANSFORMERS = 200_000_000
+"""Bytes that importing transformers and accelerate adds, measured; see docs/architecture.md."""
+
+
+def router_memory(plan: Plan) -> int:
+    """Return the memory in bytes that running one layer of the base takes, prompts apart."""
+    config = plan.config
+    hidden, wide = int(config["hidden_size"]), int(config["intermediate_size"])
+    # Four attention projections and three of the MLP, plus the two H×H float64 moments of a fit.
+    return engine.INTERPRETER + TRANSFORMERS + 4 * hidden * (4 * hidden + 3 * wide) + 32 * hidden**2
+
+
+def plan_table(plan: Plan, described: dict[str, Any]) -> Table:
+    """Return the totals of a plan."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("makes", f"{described['architecture']}, {len(plan.tensors)} tensors")
+    parameters = amount(plan.parameters)
+    if plan.experts:
+        parameters += f", {amount(plan.active_parameters)} active per token"
+        e = plan.experts
+        table.add_row(
+            "experts", f"{len(e.labels)}, {e.per_token} per token, gate mode {e.gate_mode}"
+        )
+    table.add_row("parameters", parameters)
+    table.add_row("reads", f"{_size(plan.bytes_read)} from {', '.join(plan.sources)}")
+    copied = 100 * plan.bytes_copied / max(plan.nbytes, 1)
+    files = len({tensor["file"] for tensor in described["tensors"]})
+    written = _size(described["bytes_written"])
+    table.add_row("writes", f"{written} in {files} file(s), {copied:.0f} % copied as it is")
+    table.add_row("needs", f"about {_size(described['peak_memory'])} memory, {written} disk")
+    if plan.left_out:
+        table.add_row(
+            "leaves out", f"{len(plan.left_out)} tensors of the inputs (--json lists them)"
+        )
+    for note in plan.notes:
+        table.add_row("note", str(note))
+    return table
+
+
+_FACTS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rope_theta",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+)
+
+
+def facts(source: Source) -> dict[str, Any]:
+    """Return what a checkpoint is, as plain data."""
+    model = from_source(source)
+    specs = source.specs()
+    dtypes: dict[str, int] = {}
+    for spec in specs.values():
+        dtypes[spec.dtype.name] = dtypes.get(spec.dtype.name, 0) + spec.numel
+    kind = str(source.config.get("model_type"))
+    homes = [family.model_type for family in families.candidates(kind)]
+    return {
+        "model": source.key,
+        "architecture": (source.config.get("architectures") or ["unknown"])[0],
+        "parameters": sum(spec.numel for spec in specs.values()),
+        "bytes": sum(spec.nbytes for spec in specs.values()),
+        "tensors": len(specs),
+        "dtypes": dtypes,
+        "layers": model.layers.count,
+        "tied_head": model.tied,
+        **{key: source.config[key] for key in _FACTS if key in source.config},
+        "moe_families": homes,
+    }
+
+
+def facts_table(found: dict[str, Any]) -> Table:
+    """Return the facts of a checkpoint as a table."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for key, value in found.items():
+        text = str(value)
+        if key == "parameters":
+            text = f"{amount(value)} ({value:,})"
+        elif key == "bytes":
+            text = _size(value)
+        elif key == "dtypes":
+            text = ", ".join(value)
+        elif key == "moe_families":
+            text = ", ".join(value) or "none"
+        table.add_row(key, text)
+    return table
+
+
+def shelf_rows(shelf: str) -> list[dict[str, Any]]:
+    """Return the entries of a shelf as plain data."""
+    rows: list[dict[str, Any]] = []
+    for name in catalog.names(shelf):
+        if shelf == "methods":
+            method = methods.load(name)
+            fewest, most = method.inputs
+            models = (
+                str(fewest)
+                if fewest == most
+                else f"{fewest} or more"
+                if not most
+                else f"{fewest}-{most}"
+            )
+            params = [
+                f"{key}{'' if param.default is REQUIRED else f'={param.default}'}"
+                + (" (each model)" if param.scope == "input" else "")
+                for key, param in method.params.items()
+            ]
+            rows.append(
+                {
+                    "name": name,
+                    "models": models,
+                    "base": method.base,
+                    "parameters": ", ".join(params),
+                }
+            )
+        elif shelf == "families":
+            family = families.load(name)
+            rows.append(
+                {
+                    "name": name,
+                    "from": ", ".join(sorted(family.accepts)),
+                    "class": family.architecture,
+                }
+            )
+        else:
+            gate = gates.load(name)
+            rows.append(
+                {"name": name, "prompts": "yes" if gate.needs_prompts else "no", "what": gate.title}
+            )
+    return rows
+
+
+def shelf_table(shelf: str) -> Table:
+    """Return a shelf as a table."""
+    rows = shelf_rows(shelf)
+    table = Table(title=shelf, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def short_labels(labels: tuple[str, ...]) -> list[str]:
+    """Return the last part of each path, as long as they differ."""
+    short = [os.path.basename(label.rstrip("/")) or label for label in labels]
+    return short if len(set(short)) == len(set(labels)) else list(labels)
+
+
+def heldout_tables(heldout: HeldOut) -> list[Table]:
+    """Return losses and routing on held-out text as tables."""
+    names = tuple(heldout.losses)
+    table = Table(
+        title="Loss on held-out text, nats per token (lower is better)", title_justify="left"
+    )
+    table.add_column("model")
+    for domain in (*heldout.domains, "mean"):
+        table.add_column(domain, justify="right")
+    for name, label in zip(names, short_labels(names), strict=True):
+        cells = [f"{loss:.3f}" for loss in (*heldout.losses[name], heldout.mean(name))]
+        table.add_row(label, *cells, style="bold" if name == names[-1] else "")
+    tables = [table]
+    if heldout.routing:
+        table = Table(
+            title="Where the mixture's tokens go, share of router weight", title_justify="left"
+        )
+        table.add_column("text")
+        for expert in short_labels(heldout.experts):
+            table.add_column(expert, justify="right")
+        for domain, shares in heldout.routing.items():
+            best = max(shares)
+            cells = [f"[bold]{s:.0%}[/]" if s == best else f"{s:.0%}" for s in shares]
+            table.add_row(domain, *cells)
+        tables.append(table)
+    return tables

@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests: tiny real models, made once a session."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports the libraries that read these.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A maker of tiny checkpoints: `models("llama", seed=1, num_hidden_layers=3)` -> folder."""
+    return tiny.Maker(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def llamas(models):
+    """Folders of three llamas of one shape with a tokenizer, as after fine-tuning one base."""
+    return [models("llama", seed=seed) for seed in (1, 2, 3)]

@@ -1,0 +1,377 @@
+"""A Hugging Face Hub in miniature, held in memory, for the real huggingface_hub client.
+
+Knows repositories, branches, commits, LFS and error codes of the Hub; knows nothing of moeforge.
+
+    with HubServer() as hub:
+        commit = hub.add("owner/name", {"config.json": b"{}"})
+        subprocess.run([sys.executable, "-m", "moeforge", ...], env=hub.env(tmp_path / "home"))
+        assert hub.sent(r"\\.safetensors") == 0
+
+huggingface_hub reads its environment when it is imported, so clients run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+_LFS_SUFFIXES = {".safetensors", ".bin", ".gguf"}
+Headers = dict[str, str]
+Answer = tuple[int, Headers, bytes]
+
+
+class Refused(Exception):
+    """An answer that is an error, with the headers by which the client tells what it means."""
+
+    def __init__(self, status: int, message: str, code: str = "", **more: str) -> None:
+        self.status, self.headers = status, {"X-Error-Message": message.replace("\n", " ")}
+        if code:
+            self.headers["X-Error-Code"] = code
+        self.body = json.dumps({"error": message, **more}).encode()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked, and how many bytes of body were sent back."""
+
+    method: str
+    path: str
+    range: str
+    token: str
+    status: int
+    sent: int
+
+
+@dataclass
+class Repo:
+    """Commits are whole trees: {path: content}."""
+
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+
+    def commit(self, branch: str, files: Mapping[str, bytes], message: str = "") -> str:
+        """Put `files`, and nothing else, on `branch`; return the commit."""
+        self.messages.append(message)
+        sha = hashlib.sha1(f"{len(self.commits)} {branch} {sorted(files)}".encode()).hexdigest()
+        self.commits[sha] = dict(files)
+        self.branches[branch] = sha
+        return sha
+
+    def resolve(self, revision: str) -> str:
+        """Return the commit that a branch or commit names."""
+        commit = self.branches.get(revision, revision)
+        if commit not in self.commits:
+            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return commit
+
+
+class HubServer(ThreadingHTTPServer):
+    """The server, and what it holds; a context manager that serves in a thread.
+
+    Attributes:
+        url: value for HF_ENDPOINT.
+        token: the one valid token; it may write to repositories of `user`.
+        repos: repositories by `owner/name`.
+        requests: all that was asked so far.
+        ranges: whether range requests are honoured.
+    """
+
+    daemon_threads = True
+    token = "hf_TheOneValidToken"
+    user = "me"
+    ranges = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        # As on the Hub, large files come from another origin, which must never see the token.
+        self.cdn = f"http://localhost:{self.server_port}/cdn"
+        self.repos: dict[str, Repo] = {}
+        self.lfs: dict[str, bytes] = {}
+        self.requests: list[Request] = []
+        self.faults: list[tuple[str, Refused | None]] = []
+        self.lock = threading.RLock()
+
+    def __enter__(self) -> HubServer:
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a client that hangs up is no error."""
+
+    def add(
+        self, repo_id: str, files: Mapping[str, bytes], branch: str = "main", **flags: bool
+    ) -> str:
+        """Commit `files` as the whole tree of a branch; `private=True` and `gated=True` work."""
+        repo = self.repos.setdefault(repo_id, Repo(**flags))
+        self.lfs |= {hashlib.sha256(data).hexdigest(): data for data in files.values()}
+        return repo.commit(branch, files)
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """Return the tree of a revision."""
+        repo = self.repos[repo_id]
+        return repo.commits[repo.resolve(revision)]
+
+    def fail(self, pattern: str, status: int, message: str = "", code: str = "") -> None:
+        """Answer requests whose `METHOD /path` matches with an error; status 0 hangs up."""
+        self.faults.append((pattern, Refused(status, message, code) if status else None))
+
+    def asked(self, pattern: str) -> list[Request]:
+        """Return the requests so far whose `METHOD /path` matches."""
+        return [r for r in self.requests if re.search(pattern, f"{r.method} {r.path}")]
+
+    def sent(self, pattern: str) -> int:
+        """Return the bytes of body sent in answer to requests whose `METHOD /path` matches.
+
+        LFS files are redirected to `/cdn/{sha256}/{path}`, so that they can be told by name.
+        """
+        return sum(request.sent for request in self.asked(pattern))
+
+    def env(self, home: Path, *, token: str = "", **more: str) -> dict[str, str]:
+        """Return an environment where huggingface_hub uses this server and the cache in `home`."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        kept.pop("TRANSFORMERS_OFFLINE", None)
+        hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        login = {"HF_TOKEN": token} if token else {}
+        return {**kept, **hub, **quiet, **login, "NO_PROXY": "127.0.0.1,localhost", **more}
+
+
+def _git_oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _is_lfs(path: str) -> bool:
+    return PurePosixPath(path).suffix in _LFS_SUFFIXES
+
+
+def _json(content: Any) -> Answer:
+    return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes: without this each waits 40 ms
+    server: HubServer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _respond(self) -> None:
+        self._body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self._path = urlsplit(self.path).path
+        self._token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        with self.server.lock:
+            try:
+                status, headers, body = self._answer()
+            except Refused as error:
+                status, headers, body = error.status, error.headers, error.body
+            except ConnectionAbortedError:
+                status, headers, body = 0, {}, b""
+            sent = 0 if self.command == "HEAD" else len(body)
+            asked = (self.command, self._path, self.headers.get("Range", ""), self._token)
+            self.server.requests.append(Request(*asked, status, sent))
+        if not status:
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = _respond
+
+    def _answer(self) -> Answer:
+        asked = f"{self.command} {self._path}"
+        for pattern, error in self.server.faults:
+            if re.search(pattern, asked):
+                raise error or ConnectionAbortedError
+        if self._token and self._token != self.server.token:
+            raise Refused(401, "Invalid credentials in Authorization header")
+        for pattern, answer in _ROUTES:
+            match = re.fullmatch(pattern, asked)
+            if match:
+                parts = {k: unquote(v) for k, v in match.groupdict().items() if v is not None}
+                return answer(self, **parts)
+        raise Refused(404, f"this miniature has no {asked}")
+
+    def _repo(self, repo: str) -> Repo:
+        found = self.server.repos.get(repo)
+        if found is None or (found.private and not self._token):
+            raise Refused(404 if self._token else 401, "Repository not found", "RepoNotFound")
+        return found
+
+    def _own(self, repo: str) -> Repo:
+        """Return a repository that the client may write to."""
+        self._check_owner(repo)
+        return self._repo(repo)
+
+    def _check_owner(self, repo: str) -> None:
+        if not self._token:
+            raise Refused(401, "Invalid username or password.")
+        owner = repo.partition("/")[0]
+        if owner != self.server.user:
+            raise Refused(403, f"You don't have the rights for the namespace {owner}")
+
+    def _ranged(self, data: bytes, headers: Headers) -> Answer:
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not wanted or not self.server.ranges:
+            return 200, headers, data
+        start, end = int(wanted[1]), int(wanted[2] or len(data)) + 1
+        part = data[start:end]
+        if not part:
+            raise Refused(416, "Range not satisfiable")
+        span = f"bytes {start}-{start + len(part) - 1}/{len(data)}"
+        return 206, {**headers, "Content-Range": span}, part
+
+    # Reading
+
+    def _info(self, repo: str, revision: str = "main") -> Answer:
+        found = self._repo(repo)
+        commit = found.resolve(revision)
+        siblings = [{"rfilename": path} for path in found.commits[commit]]
+        flags = {"private": found.private, "gated": "manual" if found.gated else False}
+        return _json({"id": repo, "sha": commit, "siblings": siblings, **flags})
+
+    def _tree(self, repo: str, revision: str, folder: str = "") -> Answer:
+        found = self._repo(repo)
+        prefix = f"{folder}/" if folder else ""
+        entries: dict[str, dict[str, Any]] = {}
+        for path, data in found.commits[found.resolve(revision)].items():
+            child, _, below = path.removeprefix(prefix).partition("/")
+            if not path.startswith(prefix):
+                continue
+            if below and "recursive=true" not in self.path.lower():
+                entries[child] = {"type": "directory", "path": prefix + child, "oid": "0" * 40}
+                continue
+            entry = {"type": "file", "path": path, "oid": _git_oid(data), "size": len(data)}
+            if _is_lfs(path):
+                oid = hashlib.sha256(data).hexdigest()
+                entry["lfs"] = {"oid": oid, "size": len(data), "pointerSize": 134}
+            entries[path] = entry
+        if folder and not entries:
+            raise Refused(404, f"{folder} does not exist", "EntryNotFound")
+        return _json(list(entries.values()))
+
+    def _resolve(self, repo: str, revision: str, path: str) -> Answer:
+        found = self._repo(repo)
+        headers = {"X-Repo-Commit": found.resolve(revision)}
+        if found.gated:
+            raise Refused(
+                403 if self._token else 401, f"Access to {repo} is restricted", "GatedRepo"
+            )
+        data = found.commits[headers["X-Repo-Commit"]].get(path)
+        if data is None:
+            raise Refused(404, "Entry not found", "EntryNotFound")
+        if not _is_lfs(path):
+            return self._ranged(data, {**headers, "ETag": f'"{_git_oid(data)}"'})
+        oid = hashlib.sha256(data).hexdigest()
+        headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{oid}"'}
+        return 302, {**headers, "Location": f"{self.server.cdn}/{oid}/{path}"}, b""
+
+    def _cdn(self, oid: str) -> Answer:
+        return self._ranged(self.server.lfs[oid], {"ETag": f'"{oid}"'})
+
+    # Writing
+
+    def _create(self) -> Answer:
+        asked = json.loads(self._body)
+        repo = f"{asked['organization'] or self.server.user}/{asked['name']}"
+        self._check_owner(repo)
+        url = f"{self.server.url}/{repo}"
+        if repo in self.server.repos:
+            raise Refused(409, "You already created this model repo", url=url)
+        private = asked.get("visibility") == "private"
+        self.server.add(repo, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
+        return _json({"url": url, "id": repo})
+
+    def _branch(self, repo: str, branch: str) -> Answer:
+        found = self._own(repo)
+        if branch in found.branches:
+            raise Refused(409, "Reference already exists")
+        found.branches[branch] = found.resolve("main")
+        return _json({})
+
+    def _validate_yaml(self) -> Answer:
+        return _json({"errors": [], "warnings": []})
+
+    def _preupload(self, repo: str, revision: str) -> Answer:
+        found = self._own(repo)
+        tree = found.commits[found.resolve(revision)]
+        modes = []
+        for path in (file["path"] for file in json.loads(self._body)["files"]):
+            mode = {"path": path, "uploadMode": "lfs" if _is_lfs(path) else "regular"}
+            if path in tree:
+                data = tree[path]
+                mode["oid"] = hashlib.sha256(data).hexdigest() if _is_lfs(path) else _git_oid(data)
+            modes.append({**mode, "shouldIgnore": False})
+        return _json({"files": modes})
+
+    def _lfs_batch(self, repo: str) -> Answer:
+        self._own(repo)
+        objects = json.loads(self._body)["objects"]
+        for item in objects:
+            if item["oid"] not in self.server.lfs:
+                item["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}"}}
+        return _json({"transfer": "basic", "objects": objects})
+
+    def _lfs_put(self, oid: str) -> Answer:
+        if hashlib.sha256(self._body).hexdigest() != oid:
+            raise Refused(400, "the bytes do not have that hash")
+        self.server.lfs[oid] = self._body
+        return 200, {}, b""
+
+    def _commit(self, repo: str, branch: str) -> Answer:
+        found = self._own(repo)
+        tree = dict(found.commits[found.resolve(branch)])
+        for line in self._body.splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            match operation["key"]:
+                case "header":
+                    message = value["summary"]
+                case "file":
+                    tree[value["path"]] = base64.b64decode(value["content"])
+                case "lfsFile":
+                    tree[value["path"]] = self.server.lfs[value["oid"]]
+                case "deletedFile":
+                    del tree[value["path"]]
+        commit = found.commit(branch, tree, message)
+        return _json(
+            {"commitOid": commit, "commitUrl": f"{self.server.url}/{repo}/commit/{commit}"}
+        )
+
+
+_REPO, _REV = r"(?P<repo>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+_ROUTES = (
+    (rf"GET /api/models/{_REPO}(/revision/{_REV})?", _Handler._info),
+    (rf"GET /api/models/{_REPO}/tree/{_REV}(/(?P<folder>.+))?", _Handler._tree),
+    (rf"(GET|HEAD) /{_REPO}/resolve/{_REV}/(?P<path>.+)", _Handler._resolve),
+    (r"(GET|HEAD) /cdn/(?P<oid>[^/]+)/.+", _Handler._cdn),
+    (r"POST /api/repos/create", _Handler._create),
+    (rf"POST /api/models/{_REPO}/branch/(?P<branch>[^/]+)", _Handler._branch),
+    (r"POST /api/validate-yaml", _Handler._validate_yaml),
+    (rf"POST /api/models/{_REPO}/preupload/{_REV}", _Handler._preupload),
+    (rf"POST /{_REPO}\.git/info/lfs/objects/batch", _Handler._lfs_batch),
+    (r"PUT /lfs/(?P<oid>[^/]+)", _Handler._lfs_put),
+    (rf"POST /api/models/{_REPO}/commit/(?P<branch>[^/]+)", _Handler._commit),
+)
