@@ -1,6 +1,7 @@
 """moeforge makes one language model out of several.
 
-`build`, `plan` and `check` do what the commands of the same names do; `errors` says what they raise.
+`build`, `plan` and `check` do what the commands of the same names do; what they raise is in
+`moeforge.errors`.
 """
 
 from __future__ import annotations

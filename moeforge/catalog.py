@@ -15,7 +15,7 @@ _ROOT = Path(__file__).parent
 
 @cache
 def names(shelf: str) -> tuple[str, ...]:
-    """Return the entries of `shelf` in alphabetical order; files that start with `_` are helpers."""
+    """Return the entries of `shelf`, sorted; files that start with `_` are helpers."""
     files = (_ROOT / shelf).glob("*.py")
     return tuple(sorted(file.stem for file in files if not file.stem.startswith("_")))
 

@@ -248,13 +248,15 @@ def _with_routers(plan: Plan, routers: Source) -> Plan:
 
 def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
     """Refuse what cannot fit on the disk or in the memory that it may take."""
-    needed, free = plan.nbytes, engine.free_space(target)
+    needed, free = plan.nbytes / 1e9, engine.free_space(target) / 1e9
     if needed > free:
-        what = f"the output takes {needed / 1e9:.2f} GB, {target.absolute().parent} has {free / 1e9:.2f} GB"
+        where = target.absolute().parent
+        what = f"the output takes {needed:.2f} GB, {where} has {free:.2f} GB free"
         raise BuildError(Finding(what, "Choose another disk with -o, or a smaller dtype."))
     peak = engine.peak_memory(plan, settings)
     if settings.memory and peak > settings.memory:
-        what = f"this build needs about {peak / 1e6:.0f} MB, --memory allows {settings.memory / 1e6:.0f} MB"
+        allowed = f"--memory allows {settings.memory / 1e6:.0f} MB"
+        what = f"this build needs about {peak / 1e6:.0f} MB, {allowed}"
         raise BuildError(Finding(what, "Allow more, or use fewer --threads."))
 
 

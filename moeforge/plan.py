@@ -202,5 +202,5 @@ def dump(expr: Expr) -> Any:
     if isinstance(expr, Concat):
         return {"concat": [dump(piece) for piece, _ in expr.pieces]}
     merge: dict[str, Any] = {"merge": expr.method, "inputs": [dump(i) for i in expr.inputs]}
-    merge.update({name: value for name, value in expr.params})
+    merge.update(dict(expr.params))
     return merge

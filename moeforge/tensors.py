@@ -16,7 +16,8 @@ class DType:
         name: torch's name for it, as recipes and config.json spell it.
         code: safetensors' name for it.
         itemsize: bytes per element.
-        mergeable: whether arithmetic may be done on it (float8 codes need scales, integers exactness).
+        mergeable: whether arithmetic may be done on it: float8 codes need their scales, and
+            integers are exact.
 
     """
 

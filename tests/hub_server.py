@@ -65,7 +65,8 @@ class Repo:
     def commit(self, branch: str, files: Mapping[str, bytes], message: str = "") -> str:
         """Put `files`, and nothing else, on `branch`; return the commit."""
         self.messages.append(message)
-        sha = hashlib.sha1(f"{len(self.commits)} {branch} {sorted(files)}".encode()).hexdigest()
+        content = [len(self.commits), sorted((path, _git_oid(files[path])) for path in files)]
+        sha = hashlib.sha1(json.dumps(content).encode()).hexdigest()
         self.commits[sha] = dict(files)
         self.branches[branch] = sha
         return sha
@@ -146,12 +147,12 @@ class HubServer(ThreadingHTTPServer):
 
     def env(self, home: Path, *, token: str = "", **more: str) -> dict[str, str]:
         """Return an environment where huggingface_hub uses this server and the cache in `home`."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        kept.pop("TRANSFORMERS_OFFLINE", None)
+        unwanted = re.compile("HF_|HUGGING|TRANSFORMERS_OFFLINE|.*_PROXY", re.IGNORECASE)
+        kept = {k: v for k, v in os.environ.items() if not unwanted.match(k)}
         hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         login = {"HF_TOKEN": token} if token else {}
-        return {**kept, **hub, **quiet, **login, "NO_PROXY": "127.0.0.1,localhost", **more}
+        return {**kept, **hub, **quiet, **login, **more}
 
 
 def _git_oid(data: bytes) -> str:
@@ -160,6 +161,10 @@ def _git_oid(data: bytes) -> str:
 
 def _is_lfs(path: str) -> bool:
     return PurePosixPath(path).suffix in _LFS_SUFFIXES
+
+
+def _oid(path: str, data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest() if _is_lfs(path) else _git_oid(data)
 
 
 def _json(content: Any) -> Answer:
@@ -208,10 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self._token and self._token != self.server.token:
             raise Refused(401, "Invalid credentials in Authorization header")
         for pattern, answer in _ROUTES:
-            match = re.fullmatch(pattern, asked)
-            if match:
-                parts = {k: unquote(v) for k, v in match.groupdict().items() if v is not None}
-                return answer(self, **parts)
+            if match := re.fullmatch(pattern, asked):
+                return answer(self, **{k: unquote(v) for k, v in match.groupdict().items() if v})
         raise Refused(404, f"this miniature has no {asked}")
 
     def _repo(self, repo: str) -> Repo:
@@ -257,16 +260,15 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = f"{folder}/" if folder else ""
         entries: dict[str, dict[str, Any]] = {}
         for path, data in found.commits[found.resolve(revision)].items():
-            child, _, below = path.removeprefix(prefix).partition("/")
             if not path.startswith(prefix):
                 continue
+            child, _, below = path.removeprefix(prefix).partition("/")
             if below and "recursive=true" not in self.path.lower():
                 entries[child] = {"type": "directory", "path": prefix + child, "oid": "0" * 40}
                 continue
             entry = {"type": "file", "path": path, "oid": _git_oid(data), "size": len(data)}
             if _is_lfs(path):
-                oid = hashlib.sha256(data).hexdigest()
-                entry["lfs"] = {"oid": oid, "size": len(data), "pointerSize": 134}
+                entry["lfs"] = {"oid": _oid(path, data), "size": len(data), "pointerSize": 134}
             entries[path] = entry
         if folder and not entries:
             raise Refused(404, f"{folder} does not exist", "EntryNotFound")
@@ -276,15 +278,14 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._repo(repo)
         headers = {"X-Repo-Commit": found.resolve(revision)}
         if found.gated:
-            raise Refused(
-                403 if self._token else 401, f"Access to {repo} is restricted", "GatedRepo"
-            )
+            status = 403 if self._token else 401
+            raise Refused(status, f"Access to {repo} is restricted", "GatedRepo")
         data = found.commits[headers["X-Repo-Commit"]].get(path)
         if data is None:
             raise Refused(404, "Entry not found", "EntryNotFound")
+        oid = _oid(path, data)
         if not _is_lfs(path):
-            return self._ranged(data, {**headers, "ETag": f'"{_git_oid(data)}"'})
-        oid = hashlib.sha256(data).hexdigest()
+            return self._ranged(data, {**headers, "ETag": f'"{oid}"'})
         headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{oid}"'}
         return 302, {**headers, "Location": f"{self.server.cdn}/{oid}/{path}"}, b""
 
@@ -321,8 +322,7 @@ class _Handler(BaseHTTPRequestHandler):
         for path in (file["path"] for file in json.loads(self._body)["files"]):
             mode = {"path": path, "uploadMode": "lfs" if _is_lfs(path) else "regular"}
             if path in tree:
-                data = tree[path]
-                mode["oid"] = hashlib.sha256(data).hexdigest() if _is_lfs(path) else _git_oid(data)
+                mode["oid"] = _oid(path, tree[path])
             modes.append({**mode, "shouldIgnore": False})
         return _json({"files": modes})
 
@@ -356,9 +356,8 @@ class _Handler(BaseHTTPRequestHandler):
                 case "deletedFile":
                     del tree[value["path"]]
         commit = found.commit(branch, tree, message)
-        return _json(
-            {"commitOid": commit, "commitUrl": f"{self.server.url}/{repo}/commit/{commit}"}
-        )
+        url = f"{self.server.url}/{repo}/commit/{commit}"
+        return _json({"commitOid": commit, "commitUrl": url})
 
 
 _REPO, _REV = r"(?P<repo>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeforge.engine.jobs import MergeJob
 from moeforge.plan import Expr, Plan
@@ -34,7 +34,8 @@ def evaluate(plan: Plan, expr: Expr, numel: int) -> Tensor:
     from moeforge.engine.evaluate import BLOCK, Evaluator
 
     result = torch.empty(numel, dtype=torch.float32)
-    sink = _Memory(memoryview(result.view(torch.uint8).numpy()))
+    raw: Any = result.view(torch.uint8).numpy()
+    sink = _Memory(memoryview(raw))
     job = MergeJob("", expr, numel, FLOAT32, plan.working_dtype(expr), "", 0, sink)
     threads = torch.get_num_threads()
     try:

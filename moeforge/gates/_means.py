@@ -18,7 +18,8 @@ _FLOOR = 1e-8
 
 def unit(rows: Tensor) -> Tensor:
     """Return `rows` at length one along the last dimension."""
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(_FLOOR)
+    lengths: Tensor = rows.norm(dim=-1, keepdim=True)
+    return rows / lengths.clamp_min(_FLOOR)
 
 
 def contrast(vectors: list[Tensor], prompts: tuple[TokenizedPrompt, ...], experts: int) -> Tensor:

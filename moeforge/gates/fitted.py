@@ -72,7 +72,8 @@ class _Moments:
         ridge = regularization * float(self.xx_HH.trace()) / hidden
         system = self.xx_HH.clone()
         system.diagonal().add_(max(ridge, 1e-12))
-        return torch.linalg.solve(system, self.xy_HE)
+        solution: Tensor = torch.linalg.solve(system, self.xy_HE)
+        return solution
 
 
 def best_temperature(

@@ -49,8 +49,8 @@ class Method:
         paper: where the formula comes from; may be empty.
         merge: (tensors, params, stats) -> Tensor. The tensors are equal slices of the flattened
             inputs in float32 (float64 for float64 inputs), in the order of the recipe but for a
-            base that is used as one, which is first; they are scratch and may be overwritten, and the result may be one of them. Pure otherwise.
-            Must not depend on where the slice lies.
+            base that is used as one, which is first. They are scratch: they may be overwritten,
+            and the result may be one of them. Pure otherwise, and the same wherever the slice lies.
         params: parameters by name.
         inputs: fewest and most inputs, base included; None for no limit.
         base: "required", or "none" where a base is an ordinary input.

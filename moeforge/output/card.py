@@ -75,9 +75,9 @@ def _summary(plan: Plan) -> str:
     if plan.experts:
         e = plan.experts
         text = (
-            f"A mixture of {len(e.labels)} experts ({plan.config['architectures'][0]}), of which each "
-            f"token passes through {e.per_token}. Attention, norms and embeddings come from the base; "
-            f"the router was initialised by `{e.gate_mode}`."
+            f"A mixture of {len(e.labels)} experts ({plan.config['architectures'][0]}); each token "
+            f"passes through {e.per_token} of them. Attention, norms and embeddings come from the "
+            f"base; the router was initialised by `{e.gate_mode}`."
         )
     elif plan.kind == "stack":
         text = f"Layers of {count} model{'s' if count > 1 else ''}, stacked."

@@ -1,4 +1,4 @@
-"""Owns planning: a recipe and the headers of its models become a Plan, or a list of all mistakes."""
+"""Owns planning: a recipe and the headers of its models become a Plan, or all mistakes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from moeforge.errors import Finding, MoeforgeError, Path, PlanError, SourceError
 from moeforge.plan import Plan
-from moeforge.planners.merge import plan_merge, plan_stack
+from moeforge.planners.merge import plan_merge
 from moeforge.planners.model import Findings, Model, from_source
 from moeforge.planners.moe import plan_moe
+from moeforge.planners.stack import plan_stack
 from moeforge.recipe import MergeRecipe, MoeRecipe, Recipe, Reference, StackRecipe
 from moeforge.sources import Source
 

@@ -1,4 +1,4 @@
-"""Owns turning equal places of several models into one merged tensor: parameters, shapes, dtypes."""
+"""Owns turning one place of several models into one merged tensor: parameters, shapes, dtypes."""
 
 from __future__ import annotations
 

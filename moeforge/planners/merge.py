@@ -1,12 +1,12 @@
-"""Owns merges of whole models and stacks of layer ranges: a recipe and its models become a Model."""
+"""Owns merges of whole models, tensor by tensor: a recipe becomes a Model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from moeforge.configs import Config, LayerFieldError, n_layers, portable, restack
+from moeforge.configs import Config, n_layers, portable
 from moeforge.errors import Path
 from moeforge.plan import PlannedTensor
 from moeforge.planners.combine import Combiner, Slot, missing_tensors
@@ -16,17 +16,15 @@ from moeforge.planners.model import (
     Findings,
     Model,
     differences,
-    is_input,
-    listing,
 )
-from moeforge.recipe import MergeRecipe, Slice, StackRecipe
+from moeforge.recipe import MergeRecipe
 from moeforge.recipe.parameters import Scope
 
 Resolve = Callable[[Any, Path], "Model | None"]
 """Turns a model of the recipe into a Model; None where that failed and was reported."""
 
 
-def _untie(models: Sequence[Model]) -> list[Model]:
+def untie(models: Sequence[Model]) -> list[Model]:
     """Give tied models a head of their own where another input has one."""
     if all(model.tied for model in models) or not any(model.tied for model in models):
         return list(models)
@@ -41,9 +39,12 @@ def _untie(models: Sequence[Model]) -> list[Model]:
     ]
 
 
-def _finish_config(config: Config, tensors: Sequence[PlannedTensor], dtype: str | None) -> Config:
+def finish_config(config: Config, tensors: Sequence[PlannedTensor]) -> Config:
     """Write the dtype, and whether the head is tied, as the tensors have it."""
-    config = portable(config, dtype)
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.spec.dtype.name] = sizes.get(tensor.spec.dtype.name, 0) + tensor.spec.numel
+    config = portable(config, max(sizes, key=sizes.__getitem__, default=None))
     names = {tensor.name for tensor in tensors}
     if (EMBEDDINGS in names and "tie_word_embeddings" in config) or HEAD in names:
         config["tie_word_embeddings"] = HEAD not in names
@@ -97,7 +98,7 @@ def plan_merge(
         findings.error(said, "Merge models of one depth, or stack them with slices.", path)
     if findings:
         return None
-    inputs = _untie(inputs)
+    inputs = untie(inputs)
     layers = inputs[0].layers
     tensors = []
     for name in missing_tensors(inputs, findings, path):
@@ -107,17 +108,18 @@ def plan_merge(
         tensors.append(combiner.tensor(name, slots, [scope], base, position))
     combiner.finish()
     planned = [tensor for tensor in tensors if tensor is not None]
-    config = _finish_config(donor.config, planned, recipe.out_dtype or recipe.dtype)
-    return _assemble(f"{recipe.merge_method} merge", config, planned, donor, inputs)
+    config = finish_config(donor.config, planned)
+    return assemble(f"{recipe.merge_method} merge", config, planned, donor, inputs)
 
 
-def _assemble(
+def assemble(
     label: str,
     config: Config,
     tensors: Sequence[PlannedTensor],
     donor: Model,
     inputs: Sequence[Model],
 ) -> Model:
+    """Return planned `tensors` as a model, with what its inputs leave out."""
     return Model(
         label,
         config,
@@ -130,211 +132,3 @@ def _assemble(
             for name, reason in model.left_out.items()
         },
     )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A slice with its models, and where it stands in recipe and output."""
-
-    entry: Slice
-    models: list[Model]
-    base: int | None
-    path: Path
-    first: int
-
-    @property
-    def length(self) -> int:
-        start, end = self.entry.sources[0].layer_range
-        return end - start
-
-    def slots(self, name: Callable[[int], str]) -> list[Slot]:
-        return [
-            Slot(model, name(i), Scope(source.parameters, (*self.path, "sources", i, "parameters")))
-            for i, (model, source) in enumerate(zip(self.models, self.entry.sources, strict=True))
-        ]
-
-    @property
-    def scope(self) -> Scope:
-        return Scope(self.entry.parameters, (*self.path, "parameters"))
-
-
-def _check_ranges(entry: Slice, models: Sequence[Model], path: Path, findings: Findings) -> None:
-    lengths = set()
-    for i, (source, model) in enumerate(zip(entry.sources, models, strict=True)):
-        start, end = source.layer_range
-        here = (*path, "sources", i, "layer_range")
-        count = model.layers.count
-        lengths.add(end - start)
-        if not model.layers.stem:
-            what = f"{model.label}: no numbered layers found that match its config"
-            findings.error(what, "Only models made of layers can be stacked.", here)
-        elif start < 0 or end > count:
-            what = f"layer_range [{start}, {end}], but {model.label} has {count} layers"
-            findings.error(what, f"Valid: 0 to {count}, the end is exclusive.", here)
-        elif end <= start:
-            what = f"layer_range [{start}, {end}] is empty"
-            findings.error(what, f"For layer {start} alone write [{start}, {start + 1}].", here)
-    if len(lengths) > 1:
-        spans = ", ".join(str(list(source.layer_range)) for source in entry.sources)
-        findings.error(f"the layer ranges of one slice differ in length: {spans}", path=path)
-
-
-def plan_stack(
-    recipe: StackRecipe, resolve: Resolve, path: Path, findings: Findings, notes: Findings
-) -> Model | None:
-    """Plan a stack of layer ranges; None where something was found wrong.
-
-    Embeddings come from the sources of the first slice, final norm and head from the last slice's.
-    """
-    scope = Scope(recipe.parameters, (*path, "parameters"))
-    combiner = Combiner(
-        recipe.merge_method, recipe.out_dtype or recipe.dtype, path, findings, notes
-    )
-    combiner.check_scopes([scope], per_input=False)
-    global_base = (
-        resolve(recipe.base_model, (*path, "base_model")) if recipe.base_model is not None else None
-    )
-    parts: list[_Part] = []
-    first = 0
-    for i, entry in enumerate(recipe.slices):
-        here = (*path, "slices", i)
-        found = [
-            resolve(source.model, (*here, "sources", j, "model"))
-            for j, source in enumerate(entry.sources)
-        ]
-        models = [model for model in found if model is not None]
-        if len(models) < len(found):
-            continue
-        named = [source.model for source in entry.sources]
-        wanted = entry.base_model if entry.base_model is not None else recipe.base_model
-        base = named.index(wanted) if wanted is not None and wanted in named else None
-        part = _Part(entry, models, base, here, first)
-        combiner.check_scopes([part.scope], per_input=False)
-        combiner.check_scopes([slot.own for slot in part.slots(str)], per_input=True)
-        combiner.check_inputs(models, base, here)
-        _check_ranges(entry, models, here, findings)
-        first += part.length
-        parts.append(part)
-    if findings:
-        return None
-    inputs = [model for part in parts for model in part.models]
-    donor = global_base or inputs[0]
-    _check_sizes(donor, inputs, findings, path)
-    if findings:
-        return None
-    by_label = {m.label: m for m in _untie(list({m.label: m for m in (donor, *inputs)}.values()))}
-    parts = [replace(part, models=[by_label[m.label] for m in part.models]) for part in parts]
-    donor = by_label[donor.label]
-    tensors = _stack_tensors(parts, donor, combiner, scope, findings)
-    combiner.finish()
-    try:
-        config = restack(_with_layer_types(donor.config), _origins(parts))
-    except LayerFieldError as error:
-        findings.error(str(error), "Stack models of one family and configuration.", path)
-        return None
-    config = _finish_config(config, tensors, recipe.out_dtype or recipe.dtype)
-    return _assemble("stack", config, tensors, donor, [donor, *inputs])
-
-
-def _origins(parts: Sequence[_Part]) -> list[tuple[Config, int]]:
-    """Return for each output layer the config and layer number of the first source."""
-    return [
-        (_with_layer_types(part.models[0].config), part.entry.sources[0].layer_range[0] + offset)
-        for part in parts
-        for offset in range(part.length)
-    ]
-
-
-def _check_sizes(donor: Model, models: Sequence[Model], findings: Findings, path: Path) -> None:
-    sizes = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    )
-    for model in models:
-        if model.config.get("model_type") != donor.config.get("model_type"):
-            mine, theirs = donor.config.get("model_type"), model.config.get("model_type")
-            what = f"{model.label} is a {theirs} model, {donor.label} a {mine} model"
-            findings.error(what, "Stack models of one family.", path)
-        for sentence in differences(donor, model, sizes).values():
-            findings.error(f"{sentence}; one config holds for all layers", path=path)
-
-
-def _stack_tensors(
-    parts: Sequence[_Part], donor: Model, combiner: Combiner, scope: Scope, findings: Findings
-) -> list[PlannedTensor]:
-    tensors: list[PlannedTensor | None] = []
-    stem = donor.layers.stem
-
-    def outside(part: _Part, before: bool) -> None:
-        names = [
-            [n for n in m.tensors if m.layers.split(n) is None and is_input(n) is before]
-            for m in part.models
-        ]
-        for name in names[0]:
-            if any(name not in theirs for theirs in names[1:]):
-                findings.error(f"not all models of a slice have {name}", path=part.path)
-                continue
-            slots = part.slots(lambda _: name)
-            tensors.append(combiner.tensor(name, slots, [part.scope, scope], part.base, 0.0))
-
-    outside(parts[0], before=True)
-    for part in parts:
-        for offset in range(part.length):
-            position = offset / (part.length - 1) if part.length > 1 else 1.0
-            rests = []
-            for model, source in zip(part.models, part.entry.sources, strict=True):
-                index = source.layer_range[0] + offset
-                prefix = f"{model.layers.stem}{index}."
-                rests.append(
-                    [n.removeprefix(prefix) for n in model.tensors if n.startswith(prefix)]
-                )
-            uneven = sorted(set().union(*map(set, rests)) - set.intersection(*map(set, rests)))
-            if uneven:
-                what = f"the models of a slice do not all have {listing(uneven)} in each layer"
-                findings.error(what, "Merge layers of one kind.", part.path)
-            for rest in rests[0]:
-                if rest in uneven:
-                    continue
-
-                def name_in(
-                    i: int, rest: str = rest, part: _Part = part, offset: int = offset
-                ) -> str:
-                    start = part.entry.sources[i].layer_range[0]
-                    return f"{part.models[i].layers.stem}{start + offset}.{rest}"
-
-                name = f"{stem}{part.first + offset}.{rest}"
-                slots = part.slots(name_in)
-                tensors.append(
-                    combiner.tensor(name, slots, [part.scope, scope], part.base, position)
-                )
-    outside(parts[-1], before=False)
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-_UNIFORM = {"llama", "mistral", "mixtral", "granite", "granitemoe", "olmo2", "phi3"}
-"""Families whose layers are all of one kind, so that their config has nothing per layer."""
-
-
-def _with_layer_types(config: Config) -> Config:
-    """Write out `layer_types` where the family derives them from the layer number.
-
-    Once layers move, the derivation would be wrong. transformers knows every family's rule.
-    """
-    kind = config.get("model_type")
-    if kind in _UNIFORM or "layer_types" in config or "text_config" in config:
-        return config
-    if kind in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe") and not config.get(
-        "use_sliding_window"
-    ):
-        return config
-    from transformers import CONFIG_MAPPING
-
-    if kind not in CONFIG_MAPPING:
-        return config
-    types = getattr(CONFIG_MAPPING[kind].from_dict(dict(config)), "layer_types", None)
-    if not types or len(set(types)) < 2:
-        return config
-    return {**config, "layer_types": list(types)}

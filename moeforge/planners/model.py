@@ -1,4 +1,4 @@
-"""Owns what planners mean by a model: a checkpoint or an inline recipe, as names and expressions."""
+"""Owns what planners mean by a model: a checkpoint or inline recipe, as named expressions."""
 
 from __future__ import annotations
 

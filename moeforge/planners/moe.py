@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from moeforge import families
+from moeforge import catalog, families
 from moeforge.configs import Config, complete, portable
 from moeforge.errors import Path
 from moeforge.families import Family
@@ -32,6 +32,8 @@ def choose_family(config: Config, word: str, findings: Findings, path: Path) -> 
     Args:
         config: the base's raw config.
         word: "auto", the name of a family, or the start of it.
+        findings: receives the reason.
+        path: where the base stands in the recipe.
 
     """
     kind = str(config.get("model_type"))
@@ -48,7 +50,7 @@ def choose_family(config: Config, word: str, findings: Findings, path: Path) -> 
         what = f"no MoE family holds this {kind} model exactly: {'; '.join(reasons)}"
     else:
         what = f"{kind} models cannot become experts" + (f" of {word}" if word != "auto" else "")
-    shelf = [families.load(name) for name in families.catalog.names("families")]
+    shelf = [families.load(name) for name in catalog.names("families")]
     homes = "; ".join(f"{f.model_type} from {', '.join(sorted(f.accepts))}" for f in shelf)
     findings.error(what, f"Families: {homes}.", path)
     return None

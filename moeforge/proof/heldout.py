@@ -88,7 +88,7 @@ def loss(model: nn.Module, ids_WT: Tensor) -> float:
 
     total = 0.0
     with torch.no_grad():
-        for batch in ids_WT.split(_BATCH):
+        for batch in ids_WT.split(_BATCH):  # type: ignore[no-untyped-call]
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
             total += float(
                 torch.nn.functional.cross_entropy(

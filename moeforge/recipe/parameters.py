@@ -101,7 +101,7 @@ def coerce(value: Scalar, kind: type) -> Scalar:
         except ValueError:
             number = float("nan")
         if number == number and (kind is float or number == int(number)):
-            return kind(number)  # type: ignore[no-any-return]
+            return kind(number)
     expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
     raise ParameterError(f"expected {expected[kind]}, got {value!r}")
 

@@ -35,11 +35,16 @@ class Source(Protocol):
     """
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """Its name."""
+
     @property
-    def config(self) -> dict[str, Any]: ...
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+
     @property
-    def folder(self) -> Path | None: ...
+    def folder(self) -> Path | None:
+        """Its folder."""
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Return dtype and shape of every tensor, from headers only."""

@@ -115,9 +115,8 @@ class HubSource:
         from huggingface_hub import constants
 
         self.repo_id = repo_id
-        self.key = "/".join(filter(None, (repo_id, subfolder))) + (
-            f"@{revision}" if revision else ""
-        )
+        at = f"@{revision}" if revision else ""
+        self.key = "/".join(filter(None, (repo_id, subfolder))) + at
         inner = PurePosixPath(subfolder or ".")
         if inner.is_absolute() or ".." in inner.parts:
             what = f"{subfolder} is not a folder inside {repo_id}"
@@ -183,7 +182,7 @@ class HubSource:
             return {}
         weight_map = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
-            isinstance(f, str) for f in weight_map.values()
+            isinstance(file, str) for file in weight_map.values()
         ):
             raise SourceError(Finding(f"{self.key}: {INDEX} has no weight_map"))
         absent = sorted(set(weight_map.values()) - set(self._sizes))
@@ -244,7 +243,8 @@ class HubSource:
 
     def _remote_header(self, file: str) -> dict[str, Entry]:
         size = self._sizes[file]
-        length = int.from_bytes(self._fetch_range(file, 0, 8), "little")
+        start = self._fetch_range(file, 0, 8) if size >= 8 else b""
+        length = int.from_bytes(start, "little")
         try:
             if not 0 < length <= min(_MAX_HEADER, size - 8):
                 raise ValueError(f"it cannot have a header of {length} bytes: it has {size} in all")

@@ -1,0 +1,246 @@
+"""Owns stacks of layer ranges ("frankenmerges"): a recipe becomes a Model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from moeforge.configs import Config, LayerFieldError, restack
+from moeforge.errors import Path
+from moeforge.plan import PlannedTensor, Read, walk
+from moeforge.planners.combine import Combiner, Slot
+from moeforge.planners.merge import Resolve, assemble, finish_config, untie
+from moeforge.planners.model import Findings, Model, differences, is_input, listing, natural
+from moeforge.recipe import Slice, StackRecipe
+from moeforge.recipe.parameters import Scope
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A slice with its models, and where it stands in recipe and output."""
+
+    entry: Slice
+    models: list[Model]
+    base: int | None
+    path: Path
+    first: int
+
+    @property
+    def length(self) -> int:
+        start, end = self.entry.sources[0].layer_range
+        return end - start
+
+    def slots(self, names: Sequence[str]) -> list[Slot]:
+        return [
+            Slot(model, name, Scope(source.parameters, (*self.path, "sources", i, "parameters")))
+            for i, (model, name, source) in enumerate(
+                zip(self.models, names, self.entry.sources, strict=True)
+            )
+        ]
+
+    @property
+    def scope(self) -> Scope:
+        return Scope(self.entry.parameters, (*self.path, "parameters"))
+
+
+def _check_ranges(entry: Slice, models: Sequence[Model], path: Path, findings: Findings) -> None:
+    lengths = set()
+    for i, (source, model) in enumerate(zip(entry.sources, models, strict=True)):
+        start, end = source.layer_range
+        here = (*path, "sources", i, "layer_range")
+        count = model.layers.count
+        lengths.add(end - start)
+        if not model.layers.stem:
+            what = f"{model.label}: no numbered layers found that match its config"
+            findings.error(what, "Only models made of layers can be stacked.", here)
+        elif start < 0 or end > count:
+            what = f"layer_range [{start}, {end}], but {model.label} has {count} layers"
+            findings.error(what, f"Valid: 0 to {count}, the end is exclusive.", here)
+        elif end <= start:
+            what = f"layer_range [{start}, {end}] is empty"
+            findings.error(what, f"For layer {start} alone write [{start}, {start + 1}].", here)
+    if len(lengths) > 1:
+        spans = ", ".join(str(list(source.layer_range)) for source in entry.sources)
+        findings.error(f"the layer ranges of one slice differ in length: {spans}", path=path)
+
+
+def plan_stack(
+    recipe: StackRecipe, resolve: Resolve, path: Path, findings: Findings, notes: Findings
+) -> Model | None:
+    """Plan a stack of layer ranges; None where something was found wrong.
+
+    Embeddings come from the sources of the first slice, final norm and head from the last slice's.
+    """
+    scope = Scope(recipe.parameters, (*path, "parameters"))
+    combiner = Combiner(
+        recipe.merge_method, recipe.out_dtype or recipe.dtype, path, findings, notes
+    )
+    combiner.check_scopes([scope], per_input=False)
+    global_base = (
+        resolve(recipe.base_model, (*path, "base_model")) if recipe.base_model is not None else None
+    )
+    parts: list[_Part] = []
+    first = 0
+    for i, entry in enumerate(recipe.slices):
+        here = (*path, "slices", i)
+        found = [
+            resolve(source.model, (*here, "sources", j, "model"))
+            for j, source in enumerate(entry.sources)
+        ]
+        models = [model for model in found if model is not None]
+        if len(models) < len(found):
+            continue
+        named = [source.model for source in entry.sources]
+        wanted = entry.base_model if entry.base_model is not None else recipe.base_model
+        base = named.index(wanted) if wanted is not None and wanted in named else None
+        part = _Part(entry, models, base, here, first)
+        combiner.check_scopes([part.scope], per_input=False)
+        combiner.check_scopes([slot.own for slot in part.slots([""] * len(models))], per_input=True)
+        combiner.check_inputs(models, base, here)
+        _check_ranges(entry, models, here, findings)
+        first += part.length
+        parts.append(part)
+    if findings:
+        return None
+    inputs = [model for part in parts for model in part.models]
+    donor = global_base or inputs[0]
+    _check_sizes(donor, inputs, findings, path)
+    if findings:
+        return None
+    by_label = {m.label: m for m in untie(list({m.label: m for m in (donor, *inputs)}.values()))}
+    parts = [replace(part, models=[by_label[m.label] for m in part.models]) for part in parts]
+    donor = by_label[donor.label]
+    stacker = _Stacker(combiner, scope, findings)
+    tensors = list(stacker.tensors(parts, donor.layers.stem))
+    combiner.finish()
+    try:
+        config = restack(_with_layer_types(donor.config), _origins(parts))
+    except LayerFieldError as error:
+        findings.error(str(error), "Stack models of one family and configuration.", path)
+        return None
+    config = finish_config(config, tensors)
+    stacked = assemble("stack", config, tensors, donor, [donor, *inputs])
+    unused = _unused(list(by_label.values()), tensors)
+    return replace(stacked, left_out={**stacked.left_out, **unused})
+
+
+def _origins(parts: Sequence[_Part]) -> list[tuple[Config, int]]:
+    """Return for each output layer the config and layer number of the first source."""
+    return [
+        (_with_layer_types(part.models[0].config), part.entry.sources[0].layer_range[0] + offset)
+        for part in parts
+        for offset in range(part.length)
+    ]
+
+
+def _check_sizes(donor: Model, models: Sequence[Model], findings: Findings, path: Path) -> None:
+    sizes = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    for model in models:
+        if model.config.get("model_type") != donor.config.get("model_type"):
+            mine, theirs = donor.config.get("model_type"), model.config.get("model_type")
+            what = f"{model.label} is a {theirs} model, {donor.label} a {mine} model"
+            findings.error(what, "Stack models of one family.", path)
+        for sentence in differences(donor, model, sizes).values():
+            findings.error(f"{sentence}; one config holds for all layers", path=path)
+
+
+class _Stacker:
+    """Makes the tensors of a stack whose slices are known to fit."""
+
+    def __init__(self, combiner: Combiner, scope: Scope, findings: Findings) -> None:
+        self._combiner = combiner
+        self._scope = scope
+        self._findings = findings
+
+    def tensors(self, parts: Sequence[_Part], stem: str) -> Iterator[PlannedTensor]:
+        """Yield embeddings, layers in their new order, then final norm and head."""
+        yield from self._outside(parts[0], before=True)
+        for part in parts:
+            for offset in range(part.length):
+                yield from self._layer(part, offset, stem)
+        yield from self._outside(parts[-1], before=False)
+
+    def _outside(self, part: _Part, *, before: bool) -> Iterator[PlannedTensor]:
+        names = [
+            [n for n in m.tensors if m.layers.split(n) is None and is_input(n) is before]
+            for m in part.models
+        ]
+        for name in self._shared(names, part):
+            yield from self._tensor(name, [name] * len(part.models), part, 0.0)
+
+    def _layer(self, part: _Part, offset: int, stem: str) -> Iterator[PlannedTensor]:
+        position = offset / (part.length - 1) if part.length > 1 else 1.0
+        prefixes = [
+            f"{model.layers.stem}{source.layer_range[0] + offset}."
+            for model, source in zip(part.models, part.entry.sources, strict=True)
+        ]
+        names = [
+            [name.removeprefix(prefix) for name in model.tensors if name.startswith(prefix)]
+            for model, prefix in zip(part.models, prefixes, strict=True)
+        ]
+        for rest in self._shared(names, part):
+            name = f"{stem}{part.first + offset}.{rest}"
+            yield from self._tensor(name, [prefix + rest for prefix in prefixes], part, position)
+
+    def _shared(self, names: Sequence[list[str]], part: _Part) -> list[str]:
+        everywhere = set(names[0]).intersection(*names)
+        if uneven := sorted(set().union(*names) - everywhere, key=natural):
+            what = f"the models of a slice do not all have {listing(uneven)}"
+            self._findings.error(what, "Merge layers of one kind.", part.path)
+        return [name for name in names[0] if name in everywhere]
+
+    def _tensor(
+        self, name: str, inputs: Sequence[str], part: _Part, position: float
+    ) -> Iterator[PlannedTensor]:
+        scopes = [part.scope, self._scope]
+        tensor = self._combiner.tensor(name, part.slots(inputs), scopes, part.base, position)
+        if tensor is not None:
+            yield tensor
+
+
+def _unused(inputs: Sequence[Model], tensors: Sequence[PlannedTensor]) -> dict[str, str]:
+    """List the tensors of the inputs that no slice takes."""
+    read = {
+        (part.source, part.name)
+        for tensor in tensors
+        for part in walk(tensor.expr)
+        if isinstance(part, Read)
+    }
+    return {
+        f"{model.label}: {name}": "in no slice"
+        for model in inputs
+        for name, tensor in model.tensors.items()
+        if not any((e.source, e.name) in read for e in walk(tensor.expr) if isinstance(e, Read))
+    }
+
+
+_UNIFORM = {"llama", "mistral", "mixtral", "granite", "granitemoe", "olmo2", "phi3"}
+"""Families whose layers are all of one kind, so that their config has nothing per layer."""
+
+
+def _with_layer_types(config: Config) -> Config:
+    """Write out `layer_types` where the family derives them from the layer number.
+
+    Once layers move, the derivation would be wrong. transformers knows every family's rule.
+    """
+    kind = config.get("model_type")
+    if kind in _UNIFORM or "layer_types" in config or "text_config" in config:
+        return config
+    if kind in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe") and not config.get(
+        "use_sliding_window"
+    ):
+        return config
+    from transformers import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        return config
+    types = getattr(CONFIG_MAPPING[kind].from_dict(dict(config)), "layer_types", None)
+    if not types or len(set(types)) < 2:
+        return config
+    return {**config, "layer_types": list(types)}
