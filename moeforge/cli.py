@@ -41,7 +41,6 @@ def parse_size(text: str) -> int:
 
     Raises:
         typer.BadParameter: it is none of these, or zero.
-
     """
     match = _SIZE.fullmatch(text.strip())
     if not match:

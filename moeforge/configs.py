@@ -112,7 +112,6 @@ def portable(config: Config, dtype: str | None = None) -> Config:
 
     Both spellings of rotary parameters and of the dtype are written; traces of the machine that
     the source was saved on are removed.
-
     """
     result = copy.deepcopy(config)
     for key in ("_name_or_path", "transformers_version"):
@@ -155,7 +154,6 @@ def restack(donor: Config, layers: list[tuple[Config, int]]) -> Config:
 
     Raises:
         LayerFieldError: a source of a layer does not have a per-layer list that the donor has.
-
     """
     result = copy.deepcopy(donor)
     result[layer_key(donor)] = len(layers)

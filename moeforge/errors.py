@@ -25,10 +25,15 @@ def show_path(path: Path) -> str:
     return "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
 
 
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that `word` probably means, if any comes near it."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` — did you mean "x"?` for the known word nearest to `word`, or an empty string."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f' — did you mean "{found[0]}"?' if found else ""
+    found = closest(word, known)
+    return f' — did you mean "{found}"?' if found else ""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,6 @@ class Finding:
         fix: what to do next; may be empty.
         path: where in the recipe; empty where it is about none of its values.
         line: line in the recipe file, from 1; 0 where unknown.
-
     """
 
     what: str
@@ -49,8 +53,9 @@ class Finding:
     line: int = 0
 
     def __str__(self) -> str:
-        place = f"line {self.line}, " if self.line else ""
-        where = f"{place}{show_path(self.path)}: " if self.path else ""
+        places = [f"line {self.line}"] if self.line else []
+        places += [show_path(self.path)] if self.path else []
+        where = f"{', '.join(places)}: " if places else ""
         fix = f"\n    {self.fix}" if self.fix else ""
         return f"{where}{self.what}{fix}"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moeforge.plan import Plan
 from moeforge.planners import Model, Planner
+from moeforge.planners.model import from_source
 from moeforge.recipe import MoeRecipe, Recipe, average
 from moeforge.routers import Weights
 
@@ -26,24 +27,19 @@ def _loader(model: Model) -> Callable[[], nn.Module]:
     return load
 
 
-def _compared(planner: Planner, recipe: Recipe, plan: Plan) -> dict[str, Model]:
-    """Return the models to compare by label: those asked for, the parts, and their average."""
-    assert recipe.evaluate is not None
+def _parts(planner: Planner, recipe: Recipe, plan: Plan) -> dict[str, Model]:
+    """Return the models that the result is compared with by label: its parts and their average."""
+    if not isinstance(recipe, MoeRecipe):
+        return {key: from_source(source) for key, source in plan.sources.items()}
+    experts = [expert.source_model for expert in recipe.experts]
     models: dict[str, Model] = {}
-
-    def add(label: str | None, entry: object) -> None:
+    for entry in (recipe.base_model, *experts):
         model = planner.model(entry, ("evaluate",))
-        if model is not None:
-            models.setdefault(label or model.label, model)
-
-    for entry in recipe.evaluate.compare:
-        add(None, entry)
-    if isinstance(recipe, MoeRecipe):
-        add("base" if recipe.base_model not in recipe.evaluate.compare else None, recipe.base_model)
-        for expert in recipe.experts:
-            add(None, expert.source_model)
-        add("average of the experts", average([expert.source_model for expert in recipe.experts]))
-    return models
+        assert model is not None, "it was planned before"
+        models[model.label] = model
+    mean = planner.model(average(experts), ("evaluate",))
+    # Experts that cannot be averaged, for another vocabulary say, still make a mixture.
+    return models if mean is None else {**models, "average of the experts": mean}
 
 
 def evaluate_result(
@@ -58,7 +54,6 @@ def evaluate_result(
 
     Raises:
         BuildError: a text is too short, or transformers does not load the result cleanly.
-
     """
     from dataclasses import replace
 
@@ -71,7 +66,7 @@ def evaluate_result(
         result.append(load_output(work))
         return result[0]
 
-    models = {label: _loader(model) for label, model in _compared(planner, recipe, plan).items()}
+    models = {label: _loader(model) for label, model in _parts(planner, recipe, plan).items()}
     label = "mixture" if plan.experts else plan.kind
     models[label] = load_result
     tokenizer = load_tokenizer(work)

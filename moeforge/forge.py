@@ -41,7 +41,6 @@ class Result:
         plan: how it was made.
         seconds: wall-clock time.
         heldout: losses and routing on held-out text, if the recipe asks for them.
-
     """
 
     folder: Path
@@ -97,12 +96,12 @@ def _expert_prompts(loaded: LoadedRecipe, recipe: MoeRecipe) -> list[tuple[int, 
 
 
 def _check_texts(loaded: LoadedRecipe, plan: Plan) -> None:
-    evaluate = loaded.recipe.evaluate
-    if evaluate is None:
+    texts = loaded.recipe.evaluate
+    if not texts:
         return
     findings = [
-        Finding(f"{text} does not exist", path=("evaluate", "texts", label))
-        for label, text in evaluate.texts.items()
+        Finding(f"{text} does not exist", path=("evaluate", label))
+        for label, text in texts.items()
         if not loaded.find(text).is_file()
     ]
     if not folder.has_tokenizer(plan.donor.folder):
@@ -159,7 +158,6 @@ def plan(recipe: RecipeLike, *, offline: bool = False) -> Plan:
 
     Raises:
         MoeforgeError: with everything that is wrong.
-
     """
     return _prepare(recipe, offline=offline).plan
 
@@ -170,7 +168,6 @@ def check(recipe: RecipeLike, *, offline: bool = False) -> Report:
     Args:
         recipe: path of a YAML file, or the same as a dict.
         offline: use only what is in the local Hub cache.
-
     """
     try:
         prepared = _prepare(recipe, offline=offline)
@@ -208,7 +205,6 @@ def build(
 
     Raises:
         MoeforgeError: with everything that is wrong; nothing was published.
-
     """
     began = time.perf_counter()
     prepared = _prepare(recipe, offline=offline)
@@ -262,9 +258,9 @@ def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
 
 def _evaluate(prepared: _Prepared, plan: Plan, work: Path, progress: Progress) -> HeldOut | None:
     recipe = prepared.loaded.recipe
-    if recipe.evaluate is None:
+    if not recipe.evaluate:
         return None
     from moeforge.evaluate import evaluate_result
 
-    texts = {label: prepared.loaded.find(text) for label, text in recipe.evaluate.texts.items()}
+    texts = {label: prepared.loaded.find(text) for label, text in recipe.evaluate.items()}
     return evaluate_result(prepared.planner, recipe, plan, work, texts, progress)

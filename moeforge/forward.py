@@ -21,7 +21,8 @@ ReadTensor = Callable[[str], "Tensor"]
 ReadRows = Callable[[Sequence[int]], "Tensor"]
 """Returns rows of the embedding matrix, [rows, hidden] in float32."""
 
-EMBEDDINGS = "embed_tokens.weight"
+_SMALL = 512
+"""Hidden size up to which a prompt's matrix products are too small to share among threads."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class LayerInputs:
     Attributes:
         residual_TH: input of the layer [tokens, hidden].
         mlp_TH: input of its MLP [tokens, hidden]: what a router in its place would see.
-
     """
 
     residual_TH: Tensor
@@ -65,7 +65,6 @@ def skeleton(config: Config, attention: str = "sdpa") -> nn.Module:
 
     Raises:
         ValueError: transformers does not know the model type.
-
     """
     import torch
     from accelerate import init_empty_weights
@@ -161,6 +160,20 @@ def _record(
     return recorded
 
 
+@contextmanager
+def _threads(config: Config) -> Iterator[None]:
+    """Use one thread for models so small that handing out the work takes longer than doing it."""
+    import torch
+
+    before = torch.get_num_threads()
+    if config.get("hidden_size", _SMALL) < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def layer_inputs(
     config: Config,
     prompts: Sequence[Sequence[int]],
@@ -184,12 +197,11 @@ def layer_inputs(
 
     Raises:
         ValueError: transformers does not know the model type.
-
     """
     import torch
     from torch import nn
 
-    with torch.no_grad():
+    with torch.no_grad(), _threads(config):
         model = skeleton(config, attention)
         recorded = _record(model, prompts, read_rows, device)
         hidden = [calls[0]["hidden"] for calls in recorded]

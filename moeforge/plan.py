@@ -32,7 +32,6 @@ class Merge:
         inputs: expressions in the order of the recipe; a base that the method treats as one is
             first.
         params: shared parameters by name; per-input parameters as tuples along `inputs`.
-
     """
 
     method: str
@@ -94,7 +93,6 @@ class Experts:
         gate_mode: entry of the gates shelf.
         routers: name of each layer's router weight; read from the source ROUTERS.
         parameters: parameters of all experts together; the rest is always active.
-
     """
 
     family: str
@@ -123,7 +121,6 @@ class Plan:
         experts: None unless it is a mixture of experts.
         left_out: input tensors that knowingly have no place, with the reason.
         notes: what is worth knowing, and no error.
-
     """
 
     kind: str

@@ -78,7 +78,6 @@ def compute_routers(
     Raises:
         SourceError: the tokenizer cannot be used.
         BuildError: the base cannot be run, or the gates are not finite.
-
     """
     assert isinstance(recipe, MoeRecipe)
     assert plan.experts is not None

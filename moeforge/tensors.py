@@ -18,7 +18,6 @@ class DType:
         itemsize: bytes per element.
         mergeable: whether arithmetic may be done on it: float8 codes need their scales, and
             integers are exact.
-
     """
 
     name: str

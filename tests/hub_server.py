@@ -301,7 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.server.url}/{repo}"
         if repo in self.server.repos:
             raise Refused(409, "You already created this model repo", url=url)
-        private = asked.get("visibility") == "private"
+        private = bool(asked.get("private")) or asked.get("visibility") == "private"
         self.server.add(repo, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
         return _json({"url": url, "id": repo})
 

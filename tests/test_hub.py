@@ -330,6 +330,7 @@ def test_the_token_opens_private_models_and_stays_on_the_hub(
     hub: HubServer, member: Client
 ) -> None:
     hub.add("me/secret", SHARDED, private=True)
+    assert member.ask(plan, "me/secret")["specs"] == SPECS
     assert member.ask(fetch, "me/secret", "a") == {"a": tensor(SHARDED[ONE], 0).hex()}
     assert {r.token for r in hub.asked("/cdn/")} == {""}
 
@@ -448,7 +449,7 @@ def test_no_connection(tmp_path: Path) -> None:
     client.close()
 
 
-@pytest.mark.parametrize("token", ["hf_wrongToken", "hf_wrong\x01Token"])
+@pytest.mark.parametrize("token", ["hf_wrongToken", "hf_wrong\x0cToken"])
 def test_a_token_that_is_refused_is_not_shown(
     hub: HubServer, start: Callable[..., Client], token: str
 ) -> None:

@@ -36,7 +36,6 @@ class Settings:
         slice_elements: elements per slice, a multiple of MIN_SLICE; None to choose.
         memory: bytes that the process may take; None for no limit.
         device: torch device of the arithmetic.
-
     """
 
     threads: int | None = None
@@ -111,7 +110,6 @@ def run(
 
     Raises:
         BuildError: reading, computing or writing failed; says which tensor.
-
     """
     with OutputFiles(folder, shards) as files:
         jobs = jobs_of(plan, shards, files)

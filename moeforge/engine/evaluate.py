@@ -55,7 +55,6 @@ class Evaluator:
         plan: holds the sources.
         slice_elements: elements per slice, a multiple of BLOCK.
         device: torch device of the arithmetic.
-
     """
 
     def __init__(self, plan: Plan, slice_elements: int, device: str = "cpu") -> None:

@@ -115,7 +115,6 @@ class MergeJob:
         dtype: dtype on disk.
         offset: byte in file `shard` where the piece begins.
         stats: whole-tensor sums of measured expressions, by id of the expression.
-
     """
 
     name: str

@@ -25,7 +25,6 @@ class Pool:
     Args:
         workers: number of threads.
         progress: called by the thread that calls `run`, with the bytes written so far.
-
     """
 
     def __init__(self, workers: int, progress: Callable[[int], None]) -> None:
@@ -47,7 +46,6 @@ class Pool:
 
         Raises:
             BuildError: a chunk failed; says which tensor.
-
         """
         for job in jobs:
             self._push(job, front=False)

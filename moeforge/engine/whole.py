@@ -27,7 +27,6 @@ def evaluate(plan: Plan, expr: Expr, numel: int) -> Tensor:
         plan: holds the sources of `expr`.
         expr: what to compute.
         numel: its number of elements.
-
     """
     import torch
 

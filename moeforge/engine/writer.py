@@ -15,7 +15,6 @@ class OutputFiles:
     Args:
         folder: where they are made.
         shards: their names, headers and sizes.
-
     """
 
     def __init__(self, folder: Path, shards: tuple[Shard, ...]) -> None:

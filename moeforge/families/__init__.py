@@ -30,7 +30,6 @@ class Fill:
     Attributes:
         shape: from the completed dense config.
         value: its elements.
-
     """
 
     shape: Callable[[Config], tuple[int, ...]]
@@ -55,7 +54,6 @@ class Family:
         layer: dense per-layer tensors that must be there, beside the MLP.
         optional: dense per-layer tensors that may be there.
         fills: per-layer tensors made up where the dense model has none.
-
     """
 
     model_type: str

@@ -27,7 +27,6 @@ class TokenizedPrompt:
         negative: it should *not* reach that expert.
         ids: token ids.
         first: index of the first token that counts: 1 where the prompt begins with BOS.
-
     """
 
     expert: int
@@ -46,7 +45,6 @@ class GateInput:
         prompts: all prompts; empty for modes that need none.
         embed: rows of the embedding matrix for token ids, [ids, H] float32.
         walk: runs the base once over `prompts`; yields for each layer what each prompt met.
-
     """
 
     shape: tuple[int, int, int]
@@ -64,7 +62,6 @@ class Gate:
         title: what it does, in half a sentence.
         build: GateInput -> router weights gates_LEH in float32.
         needs_prompts: every expert must have at least one positive prompt.
-
     """
 
     title: str

@@ -29,7 +29,6 @@ def contrast(vectors: list[Tensor], prompts: tuple[TokenizedPrompt, ...], expert
         vectors: one [H] for each of `prompts`.
         prompts: whose they are.
         experts: number of experts.
-
     """
     import torch
 

@@ -16,7 +16,6 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         SourceError: there is none, or it cannot be loaded.
-
     """
     from transformers import AutoTokenizer
 
@@ -51,7 +50,6 @@ def tokenize(
 
     Raises:
         SourceError: a prompt has no tokens, or needs a chat template that is not there.
-
     """
     result = []
     for expert, negative, prompt in prompts:

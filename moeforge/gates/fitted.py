@@ -17,8 +17,9 @@ _REGULARIZATION = (0.01, 0.1, 1.0, 10.0)
 """Candidates for λ, relative to the mean variance of the inputs."""
 _HELD_OUT = 4
 """Every fourth prompt of an expert is held out while λ and the temperature are chosen."""
-_TEMPERATURES = 64
-"""Steps of the temperature grid, a factor of 2^(1/4) apart around 1."""
+_COARSE = [2.0**step for step in range(-4, 16)]
+_FINE = [2.0 ** (step / 8) for step in range(-7, 8)]
+"""Factors tried on the logits, then around the best of them; the loss is convex in the factor."""
 
 
 def targets(prompt: TokenizedPrompt, experts: int) -> Tensor:
@@ -79,14 +80,15 @@ class _Moments:
 def best_temperature(
     logits_TE: Tensor, wanted_TE: Tensor, weights_T: Tensor
 ) -> tuple[float, float]:
-    """Return the factor on the logits with the least weighted cross entropy, and that entropy."""
-    grid = [2.0 ** (step / 4) for step in range(-_TEMPERATURES // 4, _TEMPERATURES)]
-    losses = []
-    for factor in grid:
+    """Return the least weighted cross entropy, and the factor on the logits that has it."""
+    share_T = weights_T / weights_T.sum()
+
+    def loss(factor: float) -> float:
         entropy_T = -(wanted_TE * (factor * logits_TE).log_softmax(-1)).sum(-1)
-        losses.append(float((entropy_T * weights_T).sum() / weights_T.sum()))
-    best = min(range(len(grid)), key=losses.__getitem__)
-    return grid[best], losses[best]
+        return float((entropy_T * share_T).sum())
+
+    coarse = min((loss(factor), factor) for factor in _COARSE)[1]
+    return min((loss(coarse * factor), coarse * factor) for factor in _FINE)
 
 
 def fit_layer(
@@ -99,7 +101,6 @@ def fit_layer(
         wanted: wanted distribution of each prompt [E].
         weights: weight of each token of a prompt.
         held: prompts that choose λ and temperature; where none is, all of them do.
-
     """
     import torch
 
@@ -116,7 +117,8 @@ def fit_layer(
     candidates = _REGULARIZATION if any(held) else _REGULARIZATION[-1:]
     choices = []
     for regularization in candidates:
-        factor, loss = best_temperature(x_TH @ shown.solve(regularization), wanted_TE, weights_T)
+        logits_TE = x_TH @ shown.solve(regularization)
+        loss, factor = best_temperature(logits_TE, wanted_TE, weights_T)
         choices.append((loss, regularization, factor))
     _, regularization, factor = min(choices)
     shown.xx_HH += hidden_part.xx_HH

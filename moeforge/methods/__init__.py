@@ -28,7 +28,6 @@ class Param:
         default: value where the recipe sets none; REQUIRED if it must.
         scope: "shared": one value per output tensor, filters see the output's name.
             "input": one per input, filters see that model's own tensor name.
-
     """
 
     kind: type
@@ -57,7 +56,6 @@ class Method:
         measure: (tensors, params) -> sums over a block of elements that are added up over the
             whole tensor, exactly, and given to `merge` as `stats`; None where none are needed.
         check: (params) -> what is wrong with these values together, or an empty string.
-
     """
 
     title: str

@@ -19,7 +19,6 @@ class Card:
         name: name of the model.
         recipe: the recipe as given.
         tables: Markdown tables of what was measured; may be empty.
-
     """
 
     name: str

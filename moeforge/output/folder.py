@@ -68,7 +68,6 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
 
     Raises:
         BuildError: it exists and `overwrite` is not set, or is no folder of a model.
-
     """
     if not out.exists() and not out.is_symlink():
         return
@@ -89,7 +88,6 @@ def staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         BuildError: `out` exists and `overwrite` is not set, another build is making it, or the
             disk refuses.
-
     """
     refuse_existing(out, overwrite=overwrite)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)

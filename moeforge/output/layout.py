@@ -33,7 +33,6 @@ class Shard:
         header: everything before the tensors: length, JSON, padding.
         entries: the tensors, in the order of the file.
         nbytes: size of the file.
-
     """
 
     name: str

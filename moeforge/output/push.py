@@ -49,7 +49,6 @@ def push(
         SourceError: the folder is not complete; nothing was sent.
         HubError: the Hub refused or could not be reached, or the repository exists with another
             visibility than asked for.
-
     """
     _check(folder)
     from huggingface_hub import HfApi

@@ -9,7 +9,7 @@ from typing import Any
 from moeforge.errors import Finding, MoeforgeError, Path, PlanError, SourceError
 from moeforge.plan import Plan
 from moeforge.planners.merge import plan_merge
-from moeforge.planners.model import Findings, Model, from_source
+from moeforge.planners.model import HEAD, Findings, Model, from_source
 from moeforge.planners.moe import plan_moe
 from moeforge.planners.stack import plan_stack
 from moeforge.recipe import MergeRecipe, MoeRecipe, Recipe, Reference, StackRecipe
@@ -26,7 +26,6 @@ class Planner:
 
     Attributes:
         open_source: opens a reference of the recipe.
-
     """
 
     open_source: Open
@@ -42,7 +41,6 @@ class Planner:
         Raises:
             SourceError, HubError: a model cannot be used; the first kind met, with all findings.
             PlanError: the models do not fit together; with all findings.
-
         """
         plan = self._plan(recipe)
         if self.failures:
@@ -89,7 +87,11 @@ class Planner:
 
     def _open(self, entry: Reference, path: Path) -> Model | None:
         try:
-            return from_source(self.open_source(entry))
+            model = from_source(self.open_source(entry))
+            if model.tied and model.config.get("tie_word_embeddings") is False:
+                what = f"{entry} lacks {HEAD}, and its config.json says that it has its own head"
+                raise SourceError(Finding(what, "Download or export it again."))
+            return model
         except MoeforgeError as error:
             placed = (Finding(f.what, f.fix, path) for f in error.findings)
             self.failures.append(type(error)(*placed))

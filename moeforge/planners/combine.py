@@ -22,7 +22,6 @@ class Slot:
         model: the model it comes from.
         name: its name there.
         own: parameters that the recipe gives this input alone.
-
     """
 
     model: Model
@@ -38,7 +37,6 @@ class Combiner:
         word: the method, as the recipe names it.
         dtype: dtype of the result; None for the inputs' own.
         path: where the recipe stands, for messages.
-
     """
 
     word: str
@@ -48,6 +46,11 @@ class Combiner:
     notes: Findings
     used: set[Path] = field(default_factory=set)
     scopes: list[Scope] = field(default_factory=list)
+    _misfits: set[Path] = field(default_factory=set)
+    _before: int = 0
+
+    def __post_init__(self) -> None:
+        self._before = len(self.findings)
 
     @property
     def method(self) -> Method:
@@ -72,10 +75,9 @@ class Combiner:
                     what = f'"{name}" is one value for all inputs of {self.word}; it is unused here'
                     self.findings.error(what, "Move it to the parameters of the merge.", path)
 
-    def check_inputs(self, models: Sequence[Model], base: int | None, path: Path) -> None:
+    def check_inputs(self, count: int, base: int | None, path: Path) -> None:
         """Report too few or too many inputs, and a missing base."""
         fewest, most = self.method.inputs
-        count = len(models)
         if count < fewest or (most is not None and count > most):
             wanted = (
                 f"{fewest}"
@@ -108,7 +110,6 @@ class Combiner:
             shared: scopes that hold for all inputs, most specific first.
             base: index of the base among `slots`.
             position: place for gradients, from 0 to 1.
-
         """
         if self.method.base == "required" and base is not None:
             slots = [slots[base], *slots[:base], *slots[base + 1 :]]
@@ -160,7 +161,7 @@ class Combiner:
                 whose = f" for {missing.model.label}" if missing else ""
                 what = f"{self.word} needs the parameter {word}{whose} (first missed at {name})"
                 fix = f"Add parameters: {{{word}: …}}."
-                path = missing.own.path if missing else (*self.path, "parameters")
+                path = missing.own.path[:-1] if missing else (*self.path, "parameters")
                 if not any(f.path == path and f.fix == fix for f in self.findings):
                     self.findings.error(what, fix, path)
                 return None
@@ -171,24 +172,29 @@ class Combiner:
     def _report_shapes(self, slots: Sequence[Slot]) -> None:
         first = slots[0]
         mine = first.model.tensors[first.name].spec.shape
+        whose = f"{list(mine)} in {first.model.label}"
         for slot in slots[1:]:
             theirs = slot.model.tensors[slot.name].spec.shape
             if mine == theirs:
                 continue
-            said = f"{first.name} is {list(mine)} in {first.model.label}"
             fix = "Merge only models of one size."
             if mine[1:] == theirs[1:] and "embed" in first.name:
                 fix = "The vocabularies differ; use fine-tunes that kept the base's vocabulary."
-            key = f" in {slot.model.label}, but {said}"
-            # One message for each pair of models is enough: the rest differs for the same reason.
-            if not any(f" in {slot.model.label}, but " in f.what for f in self.findings):
-                self.findings.error(f"{slot.name} is {list(theirs)}{key}", fix, self.path)
+            path = slot.own.path[:-1]  # of the entry, not of its parameters
+            # One message for each model is enough: the rest differs for the same reason.
+            if path not in self._misfits:
+                self._misfits.add(path)
+                what = f"{slot.name} is {list(theirs)} in {slot.model.label}, but "
+                what += whose if slot.name == first.name else f"{first.name} is {whose}"
+                self.findings.error(what, fix, path)
 
     def finish(self) -> None:
         """Report filters that matched no tensor."""
-        if self.findings:
+        if len(self.findings) > self._before:
             return  # a filter may have missed only because planning stopped before its tensor
         for path, word in unused_filters(self.scopes, self.used):
+            if path[-2] not in self.method.params:
+                continue  # noted already: the whole parameter is unused
             what = f'filter "{word}" decides no tensor'
             fix = "Filters match plain parts of tensor names, such as self_attn, mlp, layers.3."
             self.findings.error(what, fix, path)

@@ -51,17 +51,23 @@ def finish_config(config: Config, tensors: Sequence[PlannedTensor]) -> Config:
     return config
 
 
-def _note_differences(models: Sequence[Model], notes: Findings, path: Path) -> None:
-    for other in models[1:]:
-        facts = ("rope_theta", "rms_norm_eps", "hidden_act")
-        for sentence in differences(models[0], other, facts).values():
-            notes.error(f"{sentence}; the result keeps the first", path=path)
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+"""Facts that may differ between models whose tensors all have the same shapes."""
+
+
+def note_differences(donor: Model, others: Sequence[Model], notes: Findings, path: Path) -> None:
+    """Note facts of `others` that the config of the result will not say."""
+    for other in others:
+        facts = ("model_type", "rope_theta", "rms_norm_eps", "hidden_act")
+        for sentence in differences(donor, other, facts).values():
+            notes.error(f"{sentence}; the result is configured as {donor.label}", path=path)
 
 
 def plan_merge(
     recipe: MergeRecipe, resolve: Resolve, path: Path, findings: Findings, notes: Findings
 ) -> Model | None:
     """Plan a merge of whole models; None where something was found wrong."""
+    before = len(findings)
     models = [resolve(e.model, (*path, "models", i, "model")) for i, e in enumerate(recipe.models)]
     owns = [
         Scope(entry.parameters, (*path, "models", i, "parameters"))
@@ -75,7 +81,7 @@ def plan_merge(
         else:  # mergekit appends it as one more input, for every method
             base = len(models)
             models.append(resolve(recipe.base_model, (*path, "base_model")))
-            owns.append(Scope({}, (*path, "base_model")))
+            owns.append(Scope({}, (*path, "base_model", "parameters")))
     for i, entry in enumerate(recipe.models):
         if any(entry.model == other.model for other in recipe.models[:i]):
             what = f"{entry.model} is listed twice"
@@ -86,17 +92,20 @@ def plan_merge(
     )
     combiner.check_scopes([scope], per_input=False)
     combiner.check_scopes(owns[: len(recipe.models)], per_input=True)
+    combiner.check_inputs(len(models), base, path)
     inputs = [model for model in models if model is not None]
     if len(inputs) < len(models):
         return None
-    combiner.check_inputs(inputs, base, path)
     donor = inputs[base if base is not None else 0]
-    _note_differences([donor, *(m for m in inputs if m is not donor)], notes, path)
+    others = [model for model in inputs if model is not donor]
+    note_differences(donor, others, notes, path)
     depths = {model.label: n_layers(model.config) for model in inputs}
     if len(set(depths.values())) > 1:
         said = ", ".join(f"{label} has {depth} layers" for label, depth in depths.items())
         findings.error(said, "Merge models of one depth, or stack them with slices.", path)
-    if findings:
+    for sentence in [s for m in others for s in differences(donor, m, _HEADS).values()]:
+        findings.error(sentence, "Merge only models of one shape.", path)
+    if len(findings) > before:
         return None
     inputs = untie(inputs)
     layers = inputs[0].layers

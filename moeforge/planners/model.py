@@ -26,7 +26,6 @@ class Layers:
     Attributes:
         stem: what stands before the layer number, `model.layers.`; "" where there are no layers.
         count: number of layers.
-
     """
 
     stem: str
@@ -51,7 +50,6 @@ class Model:
         donor: the source whose tokenizer it has.
         sources: every source that its expressions read.
         left_out: tensors of its checkpoint that knowingly have no place, with the reason.
-
     """
 
     label: str
@@ -126,6 +124,7 @@ def listing(names: Iterable[str], most: int = 3) -> str:
 
 
 _FACTS = {
+    "model_type": "model_type",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
     "num_hidden_layers": "layers",

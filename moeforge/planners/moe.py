@@ -34,7 +34,6 @@ def choose_family(config: Config, word: str, findings: Findings, path: Path) -> 
         word: "auto", the name of a family, or the start of it.
         findings: receives the reason.
         path: where the base stands in the recipe.
-
     """
     kind = str(config.get("model_type"))
     accepting = families.candidates(kind)
@@ -56,14 +55,27 @@ def choose_family(config: Config, word: str, findings: Findings, path: Path) -> 
     return None
 
 
-def _check_expert(
+def _check_config(base: Model, findings: Findings, path: Path) -> bool:
+    """Say whether the base's config has the sizes that everything else is told from."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    absent = [key for key in sizes if not isinstance(base.config.get(key), int)]
+    if absent:
+        kind = base.config.get("model_type", "without model_type")
+        what = f"the config.json of {base.label} ({kind}) does not say {', '.join(absent)}"
+        findings.error(what, "Give a decoder-only language model such as llama or qwen3.", path)
+    return not absent
+
+
+def _fits(
     base: Model, expert: Model, family: Family, findings: Findings, notes: Findings, path: Path
-) -> None:
+) -> bool:
+    """Say whether an expert is of the base's kind and shape; report why not."""
     kind = str(expert.config.get("model_type"))
     if kind not in family.accepts:
-        what = f"{expert.label} is a {kind} model; {family.model_type} takes {', '.join(family.accepts)}"
+        takes = ", ".join(sorted(family.accepts))
+        what = f"{expert.label} is a {kind} model; {family.model_type} takes {takes}"
         findings.error(what, "Use fine-tunes of the base.", path)
-        return
+        return False
     facts = differences(base, expert)
     for key in _MUST_AGREE:
         if key in facts:
@@ -77,6 +89,7 @@ def _check_expert(
                 else "attention comes from the base, the expert's MLPs were trained with another"
             )
             notes.error(f"{facts[key]}: {more}", path=path)
+    return not set(facts).intersection(_MUST_AGREE)
 
 
 def _mlp_tensors(model: Model, family: Family, depth: int, findings: Findings, path: Path) -> None:
@@ -118,19 +131,19 @@ def plan_moe(
         for i, expert in enumerate(recipe.experts)
     ]
     experts = [expert for expert in found if expert is not None]
-    if base is None or len(experts) < len(found):
+    if base is None or not _check_config(base, findings, (*path, "base_model")):
         return None
     family = choose_family(base.config, recipe.architecture, findings, (*path, "base_model"))
     if family is None:
         return None
+    before = len(findings)
     depth = int(base.config["num_hidden_layers"])
     _check_base(base, family, depth, findings, (*path, "base_model"))
-    for i, expert in enumerate(experts):
+    for i, expert in enumerate(found):
         here = (*path, "experts", i, "source_model")
-        _check_expert(base, expert, family, findings, notes, here)
-        if not findings:
+        if expert is not None and _fits(base, expert, family, findings, notes, here):
             _mlp_tensors(expert, family, depth, findings, here)
-    if findings:
+    if len(findings) > before or len(experts) < len(found):
         return None
     return _Assembly(recipe, base, experts, family, depth).plan(notes)
 

@@ -9,7 +9,7 @@ from moeforge.configs import Config, LayerFieldError, restack
 from moeforge.errors import Path
 from moeforge.plan import PlannedTensor, Read, walk
 from moeforge.planners.combine import Combiner, Slot
-from moeforge.planners.merge import Resolve, assemble, finish_config, untie
+from moeforge.planners.merge import Resolve, assemble, finish_config, note_differences, untie
 from moeforge.planners.model import Findings, Model, differences, is_input, listing, natural
 from moeforge.recipe import Slice, StackRecipe
 from moeforge.recipe.parameters import Scope
@@ -30,30 +30,34 @@ class _Part:
         start, end = self.entry.sources[0].layer_range
         return end - start
 
-    def slots(self, names: Sequence[str]) -> list[Slot]:
+    @property
+    def owns(self) -> list[Scope]:
         return [
-            Slot(model, name, Scope(source.parameters, (*self.path, "sources", i, "parameters")))
-            for i, (model, name, source) in enumerate(
-                zip(self.models, names, self.entry.sources, strict=True)
-            )
+            Scope(source.parameters, (*self.path, "sources", i, "parameters"))
+            for i, source in enumerate(self.entry.sources)
         ]
+
+    def slots(self, names: Sequence[str]) -> list[Slot]:
+        return list(map(Slot, self.models, names, self.owns))
 
     @property
     def scope(self) -> Scope:
         return Scope(self.entry.parameters, (*self.path, "parameters"))
 
 
-def _check_ranges(entry: Slice, models: Sequence[Model], path: Path, findings: Findings) -> None:
+def _check_ranges(
+    entry: Slice, models: Sequence[Model | None], path: Path, findings: Findings
+) -> None:
     lengths = set()
     for i, (source, model) in enumerate(zip(entry.sources, models, strict=True)):
         start, end = source.layer_range
         here = (*path, "sources", i, "layer_range")
-        count = model.layers.count
         lengths.add(end - start)
-        if not model.layers.stem:
+        if model is not None and not model.layers.stem:
             what = f"{model.label}: no numbered layers found that match its config"
             findings.error(what, "Only models made of layers can be stacked.", here)
-        elif start < 0 or end > count:
+        elif model is not None and (start < 0 or max(start, end) > model.layers.count):
+            count = model.layers.count
             what = f"layer_range [{start}, {end}], but {model.label} has {count} layers"
             findings.error(what, f"Valid: 0 to {count}, the end is exclusive.", here)
         elif end <= start:
@@ -79,6 +83,7 @@ def plan_stack(
     global_base = (
         resolve(recipe.base_model, (*path, "base_model")) if recipe.base_model is not None else None
     )
+    before = len(findings)
     parts: list[_Part] = []
     first = 0
     for i, entry in enumerate(recipe.slices):
@@ -88,25 +93,31 @@ def plan_stack(
             for j, source in enumerate(entry.sources)
         ]
         models = [model for model in found if model is not None]
-        if len(models) < len(found):
-            continue
         named = [source.model for source in entry.sources]
         wanted = entry.base_model if entry.base_model is not None else recipe.base_model
         base = named.index(wanted) if wanted is not None and wanted in named else None
         part = _Part(entry, models, base, here, first)
         combiner.check_scopes([part.scope], per_input=False)
-        combiner.check_scopes([slot.own for slot in part.slots([""] * len(models))], per_input=True)
-        combiner.check_inputs(models, base, here)
-        _check_ranges(entry, models, here, findings)
+        combiner.check_scopes(part.owns, per_input=True)
+        combiner.check_inputs(len(found), base, here)
+        _check_ranges(entry, found, here, findings)
         first += part.length
         parts.append(part)
-    if findings:
+    if len(findings) > before or any(len(p.models) < len(p.entry.sources) for p in parts):
         return None
     inputs = [model for part in parts for model in part.models]
     donor = global_base or inputs[0]
     _check_sizes(donor, inputs, findings, path)
-    if findings:
+    for model in (*parts[0].models, *parts[-1].models):
+        for sentence in differences(donor, model, ("vocab_size",)).values():
+            fix = (
+                "Embeddings come from the first slice, the head from the last: use one vocabulary."
+            )
+            findings.error(sentence, fix, path)
+    if len(findings) > before:
         return None
+    others = {model.label: model for model in inputs if model is not donor}
+    note_differences(donor, list(others.values()), notes, path)
     by_label = {m.label: m for m in untie(list({m.label: m for m in (donor, *inputs)}.values()))}
     parts = [replace(part, models=[by_label[m.label] for m in part.models]) for part in parts]
     donor = by_label[donor.label]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeforge.errors import BuildError, Finding
+from moeforge.forward import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,7 +30,6 @@ class HeldOut:
         experts: labels of a mixture's experts; empty for other models.
         routing: for each domain, the share of router weight that each expert gets, averaged over
             tokens and layers.
-
     """
 
     domains: tuple[str, ...]
@@ -68,11 +68,12 @@ def windows(tokenizer: Any, path: Path) -> Tensor:
 
     Raises:
         BuildError: the text is shorter than one window.
-
     """
     import torch
 
-    ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    text = path.read_text(encoding="utf-8")
+    with quiet():  # it would warn that the text is longer than the model's context
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     size = _WINDOW - (bos is not None)
     rows = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
@@ -103,12 +104,9 @@ def load_output(folder: Path) -> nn.Module:
 
     Raises:
         BuildError: a tensor is missing, unexpected, or of another shape.
-
     """
     import torch
     from transformers import AutoModelForCausalLM
-
-    from moeforge.forward import quiet
 
     with quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -132,7 +130,6 @@ def routing(
             `per_token` largest logits.
         per_token: experts per token.
         ids_WT: windows of token ids; a leading BOS counts like any token.
-
     """
     import torch
 
@@ -172,7 +169,6 @@ def measure(
 
     Returns:
         The losses, and the windows of each domain.
-
     """
     batches = {domain: windows(tokenizer, path) for domain, path in texts.items()}
     tokens = tuple(ids[:, 1:].numel() for ids in batches.values())

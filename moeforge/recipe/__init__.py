@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,6 @@ class LoadedRecipe:
         document: its text and line numbers.
         folder: where relative paths are looked up first.
         stem: name of the file without its ending; the default name of the output.
-
     """
 
     recipe: Recipe
@@ -75,7 +73,6 @@ class LoadedRecipe:
 
         Raises:
             ValueError: the file cannot be used.
-
         """
         inline = tuple(Prompt(text=text) for text in expert.positive_prompts)
         return inline + (
@@ -91,10 +88,9 @@ def load(recipe: str | Path | dict[str, Any]) -> LoadedRecipe:
 
     Raises:
         RecipeError: with every mistake, each with its line, path and the nearest known word.
-
     """
     if isinstance(recipe, dict):
-        text, folder, stem = json.dumps(recipe, indent=2), Path(), "merged"
+        text, folder, stem = document.dump(recipe), Path(), "merged"
     else:
         path = Path(recipe)
         try:
@@ -104,6 +100,8 @@ def load(recipe: str | Path | dict[str, Any]) -> LoadedRecipe:
             raise RecipeError(Finding(f"cannot read the recipe {path}: {reason}")) from None
         folder, stem = path.parent, path.stem
     parsed = document.parse(text)
+    if isinstance(recipe, dict):  # nobody has seen its lines
+        parsed = replace(parsed, lines={})
     try:
         valid = parse_kind(parsed.data)
     except ValidationError as error:

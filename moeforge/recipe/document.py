@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 import yaml
 
 from moeforge.errors import Finding, Path, RecipeError, nearest
 
-_MAX_NODES = 1_000_000
+_MAX_NODES = 200_000
 """Values a document may expand to; aliases of aliases would otherwise fill the memory."""
+
+_TAG = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,6 @@ class Document:
         text: the document as written.
         data: the same as dicts, lists and scalars.
         lines: line (from 1) of every key and list item, by path.
-
     """
 
     text: str
@@ -30,11 +32,15 @@ class Document:
 
     def place(self, finding: Finding) -> Finding:
         """Return `finding` with the line of its path, or of the nearest enclosing value."""
-        for end in range(len(finding.path), -1, -1):
+        for end in range(len(finding.path), -1 if finding.path else 0, -1):
             line = self.lines.get(finding.path[:end])
             if line:
                 return Finding(finding.what, finding.fix, finding.path, line)
         return finding
+
+
+Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
+"""Nodes of keys and their values, by key."""
 
 
 class _Reader:
@@ -45,32 +51,60 @@ class _Reader:
         self.lines: dict[Path, int] = {}
         self.findings: list[Finding] = []
         self.count = 0
+        self._pairs: dict[yaml.Node, Pairs] = {}
 
     def read(self, node: yaml.Node, path: Path) -> Any:
         self.count += 1
         if self.count > _MAX_NODES:
             raise RecipeError(Finding(f"the recipe expands to more than {_MAX_NODES} values"))
         self.lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.read(item, (*path, i)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode):
+            return self.loader.construct_object(node)
+        kind = "map" if isinstance(node, yaml.MappingNode) else "seq"
+        if node.tag != _TAG + kind:
+            tag, line = node.tag.replace(_TAG, "!!"), node.start_mark.line + 1
+            self.findings.append(Finding(f"the tag {tag} has no place in a recipe", "", path, line))
+            return None
         if isinstance(node, yaml.MappingNode):
             return self.read_mapping(node, path)
-        return self.loader.construct_object(node)
+        return [self.read(item, (*path, i)) for i, item in enumerate(node.value)]
 
     def read_mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
-        self.loader.flatten_mapping(node)
         mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+        for key, (key_node, value_node) in self.pairs(node, path).items():
             here = (*path, key)
-            line = key_node.start_mark.line + 1
-            if key in mapping:
-                what = f'"{key}" is given twice; the first is on line {self.lines[here]}'
-                self.findings.append(Finding(what, path=here, line=line))
-                continue
-            self.lines[here] = line
+            self.lines[here] = key_node.start_mark.line + 1
             mapping[key] = self.read(value_node, here)
         return mapping
+
+    def pairs(self, node: yaml.MappingNode, path: Path) -> Pairs:
+        """Return the entries of `node`: those that `<<` brings, unless it has its own."""
+        if node in self._pairs:
+            return self._pairs[node]
+        own, merged = Pairs(), Pairs()
+        self._pairs[node] = own  # a node that merges itself adds nothing
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag == _TAG + "merge":
+                several = isinstance(value_node, yaml.SequenceNode)
+                for source in value_node.value if several else [value_node]:
+                    if not isinstance(source, yaml.MappingNode):
+                        self.findings.append(Finding("<< takes a mapping", "", path, line))
+                        continue
+                    merged = {**self.pairs(source, path), **merged}
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.findings.append(Finding("a key is a word, not a list", "", path, line))
+                continue
+            key = key_node.value
+            if key in own:
+                first = own[key][0].start_mark.line + 1
+                what = f'"{key}" is given twice; the first is on line {first}'
+                self.findings.append(Finding(what, path=(*path, key), line=line))
+                continue
+            own[key] = (key_node, value_node)
+        self._pairs[node] = {**merged, **own}
+        return self._pairs[node]
 
 
 def parse(text: str) -> Document:
@@ -79,10 +113,10 @@ def parse(text: str) -> Document:
     Raises:
         RecipeError: it is not YAML, not one document, uses tags that would run code, or has
             duplicate keys.
-
     """
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             raise RecipeError(Finding("the recipe is empty"))
@@ -91,18 +125,55 @@ def parse(text: str) -> Document:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         what = f"not valid YAML: {error.problem or error}"
-        raise RecipeError(Finding(f"line {line}: {what}" if line else what, line=line)) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(Finding(what, line=line)) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        what = f"not valid YAML: it has the character {chr(error.character)!r}"
+        raise RecipeError(Finding(what, line=line)) from None
+    except RecursionError:
+        raise RecipeError(Finding("not a recipe: it is nested too deeply")) from None
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(Finding(f"not valid YAML: {error}")) from None
     finally:
-        loader.dispose()
+        if loader:
+            loader.dispose()
     if reader.findings:
-        raise RecipeError(*reader.findings)
+        raise RecipeError(*sorted(reader.findings, key=lambda finding: finding.line))
     if not isinstance(data, dict):
         raise RecipeError(Finding("a recipe is a mapping of keys to values"))
     return Document(text, data, reader.lines)
 
 
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Line separators other than \n survive only as escapes.
+    style = '"' if set(text) & set("\r\x85\u2028\u2029") else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
+
+
+def dump(data: dict[str, Any]) -> str:
+    """Write `data` as a YAML document; paths become strings.
+
+    Raises:
+        RecipeError: it holds what YAML cannot say.
+    """
+    try:
+        return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    except yaml.representer.RepresenterError as error:
+        what = f"a recipe is made of dicts, lists, texts and numbers, not {error.args[-1]!r}"
+        raise RecipeError(Finding(what)) from None
+    except RecursionError:
+        raise RecipeError(Finding("not a recipe: it is nested too deeply")) from None
+
+
 def unknown(kind: str, word: str, known: tuple[str, ...]) -> str:
     """Say that `word` is no `kind`, with the nearest known one and the whole list."""
-    return f'unknown {kind} "{word}"{nearest(word, known)} Known: {", ".join(known)}.'
+    return f'unknown {kind} "{word}"{nearest(word, known) or "."} Known: {", ".join(known)}.'

@@ -6,14 +6,15 @@ value for this tensor wins; a scope whose filters all miss sets nothing and fall
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
-from pydantic_core import PydanticCustomError
 
 from moeforge.errors import Path
+from moeforge.recipe.strict import show, wrong
 
 Scalar = bool | int | float | str
 
@@ -40,7 +41,7 @@ Setting = tuple[Condition, ...]
 def _scalar(value: Any) -> Scalar:
     if isinstance(value, (bool, int, float, str)):
         return value
-    raise PydanticCustomError("recipe", "expected a number, got {got}", {"got": repr(value)})
+    raise wrong(f"expected a number, got {show(value)}")
 
 
 def _value(value: Any) -> Scalar | tuple[Scalar, ...]:
@@ -51,12 +52,10 @@ def _condition(entry: dict[str, Any]) -> Condition:
     extra = sorted(set(entry) - {"value", "filter"})
     if extra or "value" not in entry:
         said = f'unknown key "{extra[0]}"' if extra else '"value" is missing'
-        raise PydanticCustomError("recipe", "{said}; expected filter and value", {"said": said})
+        raise wrong(f"{said}; expected filter and value")
     name_filter = entry.get("filter")
     if name_filter is not None and not isinstance(name_filter, str):
-        raise PydanticCustomError(
-            "recipe", "a filter is a string, got {f}", {"f": str(name_filter)}
-        )
+        raise wrong(f"a filter is a text, got {show(name_filter)}; put it in quotes")
     return Condition(_value(entry["value"]), name_filter)
 
 
@@ -67,7 +66,7 @@ def _setting(value: Any) -> Setting:
         return (_condition(value),)
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         if not all(isinstance(item, dict) for item in value):
-            raise PydanticCustomError("recipe", "a list mixes numbers and filter/value entries")
+            raise wrong("a list mixes numbers and filter/value entries")
         return tuple(_condition(item) for item in value)
     if isinstance(value, list) and not value:
         return ()
@@ -87,7 +86,6 @@ def coerce(value: Scalar, kind: type) -> Scalar:
 
     Raises:
         ParameterError: it is not one: `normalize: 2`, `t: high`.
-
     """
     if kind is bool and isinstance(value, bool):
         return value
@@ -98,9 +96,9 @@ def coerce(value: Scalar, kind: type) -> Scalar:
     if kind in (int, float):
         try:
             number = float(value)
-        except ValueError:
-            number = float("nan")
-        if number == number and (kind is float or number == int(number)):
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number) and (kind is float or number == int(number)):
             return kind(number)
     expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
     raise ParameterError(f"expected {expected[kind]}, got {value!r}")
@@ -122,7 +120,6 @@ def evaluate(
 
     Raises:
         ParameterError: a value has the wrong type.
-
     """
     for condition in setting:
         if not condition.matches(name) or condition.value == ():
@@ -170,7 +167,6 @@ def resolve(
 
     Raises:
         ParameterError: with the path of the setting in front.
-
     """
     for scope in scopes:
         setting = scope.settings.get(parameter)

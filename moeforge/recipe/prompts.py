@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,19 @@ class Prompt:
     """A text, or a chat whose `messages` go through the tokenizer's chat template."""
 
     text: str = ""
-    messages: tuple[Message, ...] = ()
+    messages: tuple[Message, ...] = field(default=(), hash=False)  # dicts cannot be hashed
 
 
 def _from_json(line: str) -> Prompt:
-    entry = json.loads(line)
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not a prompt: it is nested too deeply") from None
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        if not entry["text"]:
+            raise ValueError("the text is empty")
         return Prompt(text=entry["text"])
     messages = entry.get("messages") if isinstance(entry, dict) else None
     if (
@@ -38,15 +45,15 @@ def load(path: Path) -> tuple[Prompt, ...]:
 
     Raises:
         ValueError: with file and line, where it cannot be read, has another ending, or is empty.
-
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     prompts: list[Prompt] = []
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        # Not splitlines(): JSON strings may hold other line separators as they are.
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:

@@ -5,86 +5,23 @@ Knows words, not models: whether layers exist or shapes agree is for `moeforge.p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
-    ValidatorFunctionWrapHandler,
-    model_validator,
+    ValidationInfo,
+    field_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from moeforge import catalog, tensors
-from moeforge.errors import nearest
+from moeforge.errors import closest
 from moeforge.recipe.document import unknown
 from moeforge.recipe.parameters import Condition, Parameters
-
-
-def _wrong(message: str) -> PydanticCustomError:
-    # Braces would be read as placeholders by pydantic's message templates.
-    return PydanticCustomError("recipe", "{message}", {"message": message})
-
-
-class Strict(BaseModel):
-    """A mapping whose unknown keys are errors that name the nearest known key."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-    not_yet: ClassVar[tuple[str, ...]] = ()
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _report_unknown_keys(cls, data: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        if isinstance(data, cls):
-            return data
-        if not isinstance(data, dict):
-            raise _wrong(f"expected a mapping with {_keys(cls)}, got {data!r}")
-        known = tuple(cls.model_fields)
-        problems: list[InitErrorDetails] = []
-        for key in data:
-            if key in cls.not_yet:
-                message = f'"{key}" is not supported by this version of moeforge'
-            elif key not in known:
-                hint = nearest(str(key), known) or f" Known here: {', '.join(known)}."
-                message = f'unknown key "{key}"{hint}'
-            else:
-                continue
-            problems.append({"type": _wrong(message), "loc": (key,), "input": None})
-        result = None
-        try:
-            result = handler({key: value for key, value in data.items() if key in known})
-        except ValidationError as error:
-            problems.extend(_details(error))
-        if problems:
-            raise ValidationError.from_exception_data(cls.__name__, problems)
-        return result
-
-
-def _keys(cls: type[BaseModel]) -> str:
-    required = [name for name, field in cls.model_fields.items() if field.is_required()]
-    return ", ".join(required or list(cls.model_fields)[:3])
-
-
-def _details(error: ValidationError) -> list[InitErrorDetails]:
-    """Turn pydantic's errors back into details, in the words of this project."""
-    details: list[InitErrorDetails] = []
-    for item in error.errors(include_url=False):
-        message = item["msg"]
-        if item["type"] == "too_short" and item["input"]:
-            continue  # its items were dropped because they are wrong, and are reported themselves
-        if item["type"] == "missing":
-            message = "required, but missing"
-        elif item["type"] != "recipe":
-            message = f"{message}, got {item['input']!r}"
-        details.append({"type": _wrong(message), "loc": item["loc"], "input": None})
-    return details
-
+from moeforge.recipe.strict import Strict, show, wrong
 
 # --- where a model may stand ---------------------------------------------------------------------
 
@@ -96,7 +33,6 @@ class Reference(Strict):
         model: path, relative to the recipe or to the working directory, or a Hub id.
         revision: branch, tag or commit on the Hub.
         subfolder: folder inside the repository or path that holds config.json.
-
     """
 
     not_yet = ("lora", "override_architecture")
@@ -117,23 +53,21 @@ def _parse_model(value: Any) -> Any:
     if isinstance(value, str):
         path, at, revision = value.partition("@")
         if "+" in value:
-            raise _wrong(
+            raise wrong(
                 f'"{value}" names a LoRA adapter after "+", which this version of moeforge does '
                 "not apply; merge the adapter into its base first"
             )
         if not path or "@" in revision or (at and not revision):
-            raise _wrong(f'"{value}" is not of the form path-or-id[@revision]')
+            raise wrong(f'"{value}" is not of the form path-or-id[@revision]')
         return Reference(model=path, revision=revision or None)
     if isinstance(value, dict):
-        if any(key in value for key in KINDS):
+        if "merge_method" in value or any(key in value for key in KINDS):
             inline = parse_kind(value)
             if isinstance(inline, MoeRecipe):
-                raise _wrong("a mixture of experts cannot be an input of another recipe")
+                raise wrong("a mixture of experts cannot be an input of another recipe")
             return inline
-        if "merge_method" in value:
-            raise _wrong("an inline recipe needs one of: models, slices")
         return Reference.model_validate(value)
-    raise _wrong(f"expected a model (path, Hub id or inline recipe), got {value!r}")
+    raise wrong(f"expected a model (path, Hub id or inline recipe), got {show(value)}")
 
 
 Model = Annotated[Any, BeforeValidator(_parse_model)]
@@ -145,32 +79,42 @@ Model = Annotated[Any, BeforeValidator(_parse_model)]
 
 def _method(word: str) -> str:
     if word not in catalog.names("methods"):
-        raise _wrong(unknown("merge method", word, catalog.names("methods")))
+        raise wrong(unknown("merge method", word, catalog.names("methods")))
     return word
 
 
 def _gate_mode(word: str) -> str:
     if word not in catalog.names("gates"):
-        raise _wrong(unknown("gate mode", word, catalog.names("gates")))
+        raise wrong(unknown("gate mode", word, catalog.names("gates")))
     return word
 
 
 def _architecture(word: str) -> str:
     families = catalog.names("families")
-    if word != "auto" and not any(name.startswith(word.lower()) for name in families):
-        raise _wrong(unknown("architecture", word, ("auto", *families)))
+    known = word and any(name.startswith(word.lower()) for name in families)
+    if word != "auto" and not known:
+        raise wrong(unknown("architecture", word, ("auto", *families)))
     return word
 
 
 def _dtype(word: str) -> str:
     name = word.removeprefix("torch.")
     if name not in tensors.OUTPUT_NAMES:
-        raise _wrong(unknown("dtype", word, tensors.OUTPUT_NAMES))
+        raise wrong(unknown("dtype", word, tensors.OUTPUT_NAMES))
     return name
+
+
+def _range(value: Any) -> Any:
+    if not isinstance(value, list) or len(value) != 2:
+        raise wrong(f"expected [start, end], the end exclusive, got {show(value)}")
+    return value
 
 
 MethodName = Annotated[str, AfterValidator(_method)]
 DTypeName = Annotated[str, AfterValidator(_dtype)]
+LayerRange = Annotated[tuple[int, int], BeforeValidator(_range)]
+Text = Annotated[str, Field(min_length=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -188,7 +132,7 @@ class SliceSource(Strict):
     """One entry of a slice's `sources`; `layer_range` is [start, end), end exclusive."""
 
     model: Model
-    layer_range: tuple[int, int]
+    layer_range: LayerRange
     parameters: Parameters = Field(default_factory=dict)
 
 
@@ -202,30 +146,17 @@ class Slice(Strict):
     parameters: Parameters = Field(default_factory=dict)
 
 
-class Evaluate(Strict):
-    """Held-out texts that the build ends with: the loss of the result and of its parts on them.
-
-    Attributes:
-        texts: UTF-8 text files by label.
-        compare: further models to measure.
-
-    """
-
-    texts: dict[str, str] = Field(min_length=1)
-    compare: tuple[Model, ...] = ()
-
-
 class Recipe(Strict):
     """What all kinds share.
 
     Attributes:
         dtype: dtype of the result; None keeps the inputs' own.
-        evaluate: what to measure at the end of the build.
-
+        evaluate: held-out UTF-8 text files by label; the build ends with the loss of the result
+            and of what it was made of on them.
     """
 
     dtype: DTypeName | None = None
-    evaluate: Evaluate | None = None
+    evaluate: dict[str, str] = Field(default_factory=dict)
 
 
 class MergeRecipe(Recipe):
@@ -264,21 +195,21 @@ class Expert(Strict):
         prompts_file: `.txt` (blank line between prompts) or `.jsonl` (`{"text": …}` or
             `{"messages": […]}` per line), added to `positive_prompts`.
         residual_scale: factor on the expert's down projection.
-
     """
 
     source_model: Model
-    positive_prompts: tuple[str, ...] = ()
-    negative_prompts: tuple[str, ...] = ()
+    positive_prompts: tuple[Text, ...] = ()
+    negative_prompts: tuple[Text, ...] = ()
     prompts_file: str | None = None
-    residual_scale: float = 1.0
-    noise_scale: float = 0.0
+    residual_scale: Finite = 1.0
+    noise_scale: Finite = 0.0
 
-    @model_validator(mode="after")
-    def _no_noise(self) -> Expert:
-        if self.noise_scale:
-            raise _wrong("noise_scale other than 0 is not supported by this version of moeforge")
-        return self
+    @field_validator("noise_scale")
+    @classmethod
+    def _no_noise(cls, scale: float) -> float:
+        if scale:
+            raise wrong("noise_scale other than 0 is not supported by this version of moeforge")
+        return scale
 
 
 class MoeRecipe(Recipe):
@@ -293,15 +224,19 @@ class MoeRecipe(Recipe):
     gate_mode: Annotated[str, AfterValidator(_gate_mode)] = "fitted"
     seed: Seed = 0
 
-    @model_validator(mode="after")
-    def _enough_experts(self) -> MoeRecipe:
-        if self.experts_per_token > len(self.experts):
-            raise _wrong(
-                f"experts_per_token is {self.experts_per_token}, but there "
-                f"{'is 1 expert' if len(self.experts) == 1 else f'are {len(self.experts)} experts'}"
-                f"; list more experts or lower experts_per_token to {len(self.experts)}"
+    @field_validator("experts_per_token")
+    @classmethod
+    def _enough_experts(cls, per_token: int, info: ValidationInfo) -> int:
+        if "experts" not in info.data:
+            return per_token  # they are wrong, and reported themselves
+        count = len(info.data["experts"])
+        if per_token > count:
+            raise wrong(
+                f"experts_per_token is {per_token}, but there "
+                f"{'is 1 expert' if count == 1 else f'are {count} experts'}"
+                f"; list more experts or lower experts_per_token to {count}"
             )
-        return self
+        return per_token
 
 
 KINDS: dict[str, type[Recipe]] = {
@@ -317,28 +252,23 @@ def parse_kind(data: dict[str, Any]) -> Recipe:
 
     Raises:
         ValidationError: with every mistake.
-
     """
     present = [key for key in KINDS if key in data]
-    if len(present) != 1:
+    if not present and "modules" not in data:
         # Guess the kind from a misspelt key, so that the message can name the right word.
-        if not present:
-            for key in data:
-                if found := re.search(r'"(\w+)"', nearest(str(key), KINDS)):
-                    return KINDS[found[1]].model_validate(data)
+        fields = {name for kind in KINDS.values() for name in (*kind.model_fields, *kind.not_yet)}
+        present = [found for key in data if key not in fields and (found := closest(key, KINDS))]
+    if len(present) == 1:
+        return KINDS[present[0]].model_validate(data)
+    path: tuple[str, ...] = ()
+    if "modules" in data:
+        message, path = '"modules" is not supported by this version of moeforge', ("modules",)
+    else:
         got = f"got {' and '.join(present)}" if present else "got none of them"
-        keys = ", ".join(KINDS)
-        raise ValidationError.from_exception_data(
-            "Recipe",
-            [
-                {
-                    "type": _wrong(f"a recipe has exactly one of the keys {keys}; {got}"),
-                    "loc": (),
-                    "input": None,
-                }
-            ],
-        )
-    return KINDS[present[0]].model_validate(data)
+        message = f"a recipe has exactly one of the keys {', '.join(KINDS)}; {got}"
+    raise ValidationError.from_exception_data(
+        "Recipe", [{"type": wrong(message), "loc": path, "input": None}]
+    )
 
 
 def average(models: Sequence[Any]) -> MergeRecipe:

@@ -31,7 +31,6 @@ class Source(Protocol):
         key: name that is unique within a plan.
         config: the raw config.json.
         folder: where its tokenizer and other small files lie; None where there are none.
-
     """
 
     @property
@@ -79,7 +78,6 @@ def open_source(
     Raises:
         SourceError: it is neither, or is not a usable checkpoint.
         HubError: the Hub refused or could not be reached.
-
     """
     from moeforge.sources.folder import FolderSource
 
@@ -88,7 +86,8 @@ def open_source(
             if revision:
                 what = f"{model} is a local folder and has no revision {revision}"
                 raise SourceError(Finding(what, "Remove the revision, or give a Hub id."))
-            return FolderSource(model, candidate / subfolder if subfolder else candidate)
+            key = f"{model}/{subfolder}" if subfolder else model
+            return FolderSource(key, candidate / subfolder if subfolder else candidate)
     if not _HUB_ID.fullmatch(model):
         looked = " and ".join(str(p) for p in dict.fromkeys((beside.resolve(), Path.cwd())))
         what = f"{model} does not exist (looked in {looked}), and it is not a Hub id"

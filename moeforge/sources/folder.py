@@ -24,7 +24,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         SourceError: it cannot be read or is something else.
-
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -40,7 +39,6 @@ def refuse_unusable(key: str, files: set[str], config: Mapping[str, Any] | None)
 
     Raises:
         SourceError: with what it is instead, and the way out.
-
     """
     if config is None:
         if "adapter_config.json" in files:
@@ -72,7 +70,6 @@ class FolderSource:
 
     Raises:
         SourceError: it is not one; tensors are missing or a file is damaged.
-
     """
 
     def __init__(self, key: str, folder: Path) -> None:
@@ -126,7 +123,6 @@ class FolderSource:
 
         Raises:
             OSError: the file cannot be read or has become shorter.
-
         """
         span = self._entries[name][1]
         descriptor = self._descriptor(span.path)

@@ -61,7 +61,6 @@ def parse_header(raw: bytes, path: Path, data_bytes: int) -> dict[str, Entry]:
     Raises:
         ValueError: it is not a header, or tensors overlap, leave holes or end elsewhere than the
             file.
-
     """
     header = json.loads(raw, object_pairs_hook=_reject_duplicates)
     if not isinstance(header, dict):
@@ -90,7 +89,6 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     Raises:
         SourceError: the file is missing, short or lies about its contents.
-
     """
     try:
         size = path.stat().st_size

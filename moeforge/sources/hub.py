@@ -63,7 +63,6 @@ def explain(error: Exception, what: str) -> HubError:
     Args:
         error: what huggingface_hub raised.
         what: what could not be used or done.
-
     """
     from huggingface_hub import errors
 
@@ -106,7 +105,6 @@ class HubSource:
     Raises:
         HubError: the Hub refused or could not be reached, or offline it is not in the cache.
         SourceError: the repository is not a usable checkpoint.
-
     """
 
     def __init__(
@@ -285,6 +283,5 @@ class HubSource:
         Raises:
             HubError: the download failed.
             OSError: the file cannot be read or has become shorter.
-
         """
         self._local.read(name, start, out)

@@ -17,7 +17,6 @@ class MemorySource:
         key: name that is unique within a plan.
         tensors: spec and row-major little-endian bytes of each tensor.
         config: what config.json would say.
-
     """
 
     folder: Path | None = None

@@ -1,0 +1,116 @@
+"""Owns strictness: mappings whose unknown keys are errors, and mistakes in plain words.
+
+Knows pydantic; knows no key of any recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from moeforge.errors import closest, nearest
+
+
+def wrong(message: str) -> PydanticCustomError:
+    """Return the error that a validator raises to say `message`."""
+    # Braces would be read as placeholders by pydantic's message templates.
+    return PydanticCustomError("recipe", "{message}", {"message": message})
+
+
+class Strict(BaseModel):
+    """A mapping whose unknown keys are errors that name the nearest known key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    not_yet: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _report_unknown_keys(cls, data: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        if isinstance(data, cls):
+            return data
+        if not isinstance(data, dict):
+            raise wrong(f"expected a mapping with {_keys(cls)}, got {show(data)}")
+        known = tuple(cls.model_fields)
+        problems: list[InitErrorDetails] = []
+        meant = set()
+        for key in data:
+            if key in cls.not_yet:
+                message = f'"{key}" is not supported by this version of moeforge'
+            elif key not in known:
+                hint = nearest(key, known) or f". Known here: {', '.join(known)}."
+                message = f'unknown key "{key}"{hint}'
+                meant.add(closest(key, known))
+            else:
+                continue
+            problems.append({"type": wrong(message), "loc": (key,), "input": None})
+        result = None
+        try:
+            result = handler({key: value for key, value in data.items() if key in known})
+        except ValidationError as error:
+            problems.extend(_details(error, meant))
+        if problems:
+            raise ValidationError.from_exception_data(cls.__name__, problems)
+        return result
+
+
+def _keys(cls: type[BaseModel]) -> str:
+    required = [name for name, field in cls.model_fields.items() if field.is_required()]
+    return ", ".join(required or list(cls.model_fields)[:3])
+
+
+def show(value: Any) -> str:
+    """Return `value` for a message: short, and None as people say it."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+_EXPECTED = {
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "string_type": "a text",
+    "string_too_short": "a text that is not empty",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a number",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "too_short": "at least one entry",
+}
+"""What pydantic's kinds of errors say in the words of this project."""
+
+
+def _details(error: ValidationError, meant: set[str | None]) -> list[InitErrorDetails]:
+    """Turn pydantic's errors into details in the words of this project.
+
+    Args:
+        error: what pydantic raised.
+        meant: keys that are only misspelt, so that it would mislead to call them missing.
+    """
+    details: list[InitErrorDetails] = []
+    for item in error.errors(include_url=False):
+        kind, value, message = item["type"], item["input"], item["msg"]
+        if kind == "too_short" and value:
+            continue  # its items were dropped because they are wrong, and are reported themselves
+        if kind == "missing":
+            if item["loc"][0] in meant:
+                continue
+            message = "required, but missing"
+        elif kind != "recipe":
+            expected = _EXPECTED.get(kind, message).format(**item.get("ctx", {}))
+            message = f"expected {expected}, got {show(value)}"
+            if kind == "string_type" and not isinstance(value, (dict, list)):
+                message += "; put it in quotes"
+        details.append({"type": wrong(message), "loc": item["loc"], "input": None})
+    return details

@@ -1,0 +1,447 @@
+"""The door: what is no recipe is refused in words, all mistakes at once, and nothing runs."""
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import moeforge
+from moeforge import recipe as recipes
+from moeforge.errors import RecipeError, show_path
+from moeforge.recipe import MergeRecipe, MoeRecipe, Reference, StackRecipe
+
+
+def mistakes(recipe):
+    """What a recipe (text or dict) is refused for: [(line, path, message)]."""
+    with pytest.raises(RecipeError) as caught:
+        load(recipe)
+    return [(f.line, show_path(f.path), f.what) for f in caught.value.findings]
+
+
+def load(recipe, folder=[]):  # noqa: B006 - one scratch folder for all
+    if isinstance(recipe, dict):
+        return recipes.load(recipe)
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "recipe.yml")
+        path.write_text(recipe, encoding="utf-8")
+        return recipes.load(path)
+
+
+def moe(**changes):
+    experts = [{"source_model": "a"}, {"source_model": "b"}]
+    return {"base_model": "x", "experts": experts, **changes}
+
+
+def linear(*models, **changes):
+    inputs = [{"model": model, "parameters": {"weight": 1}} for model in models]
+    return {"merge_method": "linear", "models": inputs, **changes}
+
+
+# --- everything at once --------------------------------------------------------------------------
+
+WRONG_MOE = """\
+base_model: ./base
+experts:
+  - source_model: ./a
+    positive_promts: [hello]
+  - source_model: ./b
+    positive_prompts: hello
+  - source_model: ./c
+    noise_scale: 0.1
+gate_mode: fited
+architecture: mixtrall
+dtype: bf16
+expert_per_token: 1
+"""
+
+
+def test_every_mistake_is_reported_at_once_with_line_path_and_nearest_word():
+    found = {(line, path): what for line, path, what in mistakes(WRONG_MOE)}
+    assert list(found) == [
+        (4, "$.experts[0].positive_promts"),
+        (6, "$.experts[1].positive_prompts"),
+        (8, "$.experts[2].noise_scale"),
+        (9, "$.gate_mode"),
+        (10, "$.architecture"),
+        (11, "$.dtype"),
+        (12, "$.expert_per_token"),
+    ]
+    for line, word in [
+        (4, "positive_prompts"),
+        (9, "fitted"),
+        (10, "mixtral"),
+        (11, "bfloat16"),
+        (12, "experts_per_token"),
+    ]:
+        (what,) = (what for (at, _), what in found.items() if at == line)
+        assert f'did you mean "{word}"?' in what
+    assert "expected a list" in found[6, "$.experts[1].positive_prompts"]
+    assert "not supported by this version" in found[8, "$.experts[2].noise_scale"]
+
+
+NESTED = """\
+base_model:
+  merge_method: slerpp
+  base_model: ./a
+  models:
+    - model: ./a
+    - model:
+        slices:
+          - sources:
+              - model: ./b
+                layer_range: [0, 4]
+                layer_rang: [0, 4]
+experts:
+  - source_model:
+      merge_method: linear
+      models:
+        - model: {modl: ./a}
+"""
+
+
+def test_mistakes_of_nested_recipes_have_their_own_path_and_line():
+    found = mistakes(NESTED)
+    assert [(line, path) for line, path, _ in found] == [
+        (2, "$.base_model.merge_method"),
+        (11, "$.base_model.models[1].model.slices[0].sources[0].layer_rang"),
+        (16, "$.experts[0].source_model.models[0].model.modl"),
+    ]
+    assert [what.partition("did you mean ")[2][:14].strip('"?') for *_, what in found] == [
+        'slerp"? Known',
+        'layer_range"?'.strip('"?'),
+        "model",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["experts", "slices", "models"])
+@pytest.mark.parametrize("drop", [0, 2, -1])
+def test_a_misspelt_kind_is_named_and_not_called_missing(kind, drop):
+    """`expert:` must not be told that `models:` is missing."""
+    word = kind[:drop] + kind[drop + 1 :] if drop >= 0 else kind[:-1]
+    body = {"base_model": "x", word: []}
+    if kind == "models":
+        body = {"merge_method": "linear", word: []}
+    ((_, path, what),) = mistakes(body)
+    assert path == f"$.{word}"
+    assert f'did you mean "{kind}"?' in what
+
+
+def test_a_far_off_key_is_answered_with_the_known_ones():
+    ((_, path, what),) = mistakes(moe(quantisation=4))
+    assert path == "$.quantisation"
+    assert "gate_mode" in what
+    assert "experts_per_token" in what
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"merge_method": "linear"}, "got none of them"),
+        (linear("a", slices=[]), "got slices and models"),
+        (moe(models=[]), "got experts and models"),
+    ],
+)
+def test_a_recipe_is_of_exactly_one_kind(recipe, said):
+    ((_, path, what),) = mistakes(recipe)
+    assert path == "$"
+    assert said in what
+    assert "experts, slices, models" in what
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key"),
+    [
+        (linear("a", tokenizer_source="union"), "tokenizer_source"),
+        (linear("a", chat_template="auto"), "chat_template"),
+        ({"merge_method": "linear", "modules": {}}, "modules"),
+        (moe(shared_experts=[]), "shared_experts"),
+        (moe(layers="all"), "layers"),
+        (moe(gate_parameters={}), "gate_parameters"),
+    ],
+)
+def test_keys_that_are_known_but_not_supported_are_said_to_be(recipe, key):
+    ((_, path, what),) = mistakes(recipe)
+    assert path == f"$.{key}"
+    assert what == f'"{key}" is not supported by this version of moeforge'
+
+
+@pytest.mark.parametrize(
+    ("recipe", "path", "said"),
+    [
+        (moe(experts=[]), "$.experts", "at least one entry"),
+        (moe(experts_per_token=3), "$.experts_per_token", "there are 2 experts"),
+        (moe(experts_per_token=0), "$.experts_per_token", "at least 1, got 0"),
+        (moe(experts_per_token=1.5), "$.experts_per_token", "a whole number, got 1.5"),
+        (moe(seed=-1), "$.seed", "at least 0"),
+        (moe(architecture=""), "$.architecture", "unknown architecture"),
+        (moe(base_model=None), "$.base_model", "expected a model"),
+        (moe(base_model=7), "$.base_model", "got 7"),
+        (moe(base_model=moe()), "$.base_model", "mixture of experts cannot be an input"),
+        (
+            moe(experts=[{"source_model": "a", "positive_prompts": [True]}, {"source_model": "b"}]),
+            "$.experts[0].positive_prompts[0]",
+            "put it in quotes",
+        ),
+        (
+            moe(experts=[{"source_model": "a", "positive_prompts": [""]}, {"source_model": "b"}]),
+            "$.experts[0].positive_prompts[0]",
+            "not empty",
+        ),
+        (
+            moe(
+                experts=[
+                    {"source_model": "a", "residual_scale": float("nan")},
+                    {"source_model": "b"},
+                ]
+            ),
+            "$.experts[0].residual_scale",
+            "a number, got nan",
+        ),
+        (
+            {"slices": [{"sources": [{"model": "a", "layer_range": [0, 1, 2]}]}]},
+            "$.slices[0].sources[0].layer_range",
+            "[start, end], the end exclusive",
+        ),
+        (
+            {"slices": [{"sources": [{"model": "a", "layer_range": "0-4"}]}]},
+            "$.slices[0].sources[0].layer_range",
+            "[start, end], the end exclusive",
+        ),
+        (linear("a", parameters=[1]), "$.parameters", "expected a mapping"),
+        (linear("a", evaluate={"texts": {}}), "$.evaluate.texts", "at least one entry"),
+    ],
+)
+def test_impossible_values_are_refused_in_words(recipe, path, said):
+    ((_, where, what),) = mistakes(recipe)
+    assert where == path
+    assert said in what
+    assert "tuple" not in what, "that is Python's word, not the reader's"
+
+
+def test_long_values_are_not_poured_out():
+    ((*_, what),) = mistakes(moe(base_model=list(range(10_000))))
+    assert len(what) < 200
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def named(model):
+    return load(linear(model)).recipe.models[0].model
+
+
+@pytest.mark.parametrize(
+    ("written", "model", "revision", "subfolder"),
+    [
+        ("./a", "./a", None, None),
+        ("owner/name", "owner/name", None, None),
+        ("owner/name@main", "owner/name", "main", None),
+        ("owner/name@refs/pr/1", "owner/name", "refs/pr/1", None),
+        ({"model": "a"}, "a", None, None),
+        ({"model": "a", "revision": "b", "subfolder": "c"}, "a", "b", "c"),
+        (Path("some/where"), "some/where", None, None),
+    ],
+)
+def test_ways_to_name_a_model(written, model, revision, subfolder):
+    assert named(written) == Reference(model=model, revision=revision, subfolder=subfolder)
+
+
+@pytest.mark.parametrize("written", ["a@b@c", "@main", "a@", ""])
+def test_what_names_no_model(written):
+    ((_, path, what),) = mistakes(linear(written))
+    assert path == "$.models[0].model"
+    assert "path-or-id[@revision]" in what
+
+
+@pytest.mark.parametrize("written", ["a+b", "a@main+b@c", {"model": "a", "lora": "b"}])
+def test_adapters_are_refused_with_a_way_out(written):
+    ((_, path, what),) = mistakes(linear(written))
+    assert path.startswith("$.models[0].model")
+    assert "this version of moeforge" in what
+
+
+def test_kinds_and_defaults():
+    merge = load(linear("a")).recipe
+    assert isinstance(merge, MergeRecipe)
+    assert merge.dtype is None
+    stack = load({"slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]}).recipe
+    assert isinstance(stack, StackRecipe)
+    assert stack.merge_method == "passthrough"
+    mixture = load(moe(dtype="torch.bfloat16")).recipe
+    assert isinstance(mixture, MoeRecipe)
+    assert mixture.experts_per_token == 2
+    assert mixture.gate_mode == "fitted"
+    assert mixture.dtype == "bfloat16"
+
+
+# --- YAML ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("", 0, "the recipe is empty"),
+        ("# nothing\n", 0, "the recipe is empty"),
+        ("- a\n- b\n", 0, "a mapping of keys"),
+        ("just words", 0, "a mapping of keys"),
+        ("models: [{model: x\n", 2, "not valid YAML"),
+        ("a: 1\n b: 2\n", 2, "not valid YAML"),
+        ("a: 1\n--- \nb: 2\n", 2, "another document"),
+        ("merge_method: linear\nmodels: *nowhere\n", 2, "undefined alias"),
+        ("a: 1\nb: 2\x07\n", 2, "character '\\x07'"),
+        ("a: &a [*a]", 0, "nested too deeply"),
+        ("[" * 3000, 0, "nested too deeply"),
+        ("? [a, b]\n: 1\n", 1, "a key is a word"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_what_is_no_yaml_mapping(text, line, said):
+    ((at, path, what),) = mistakes(text)
+    assert path == "$"
+    assert at == line
+    assert said in what
+
+
+def test_duplicate_keys_are_refused_with_both_lines():
+    text = "merge_method: linear\nmodels:\n  - model: a\n    model: b\nmerge_method: slerp\n"
+    assert mistakes(text) == [
+        (4, "$.models[0].model", '"model" is given twice; the first is on line 3'),
+        (5, "$.merge_method", '"merge_method" is given twice; the first is on line 1'),
+    ]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!python/object/apply:os.system ['touch {}']",
+        "!!python/object/apply:os.system {{args: ['touch {}']}}",
+        "!!python/object:moeforge.recipe.Reference {{model: '{}'}}",
+        "!!python/name:os.system",
+        "!!set {{a, b}}",
+    ],
+)
+def test_tags_that_would_make_objects_are_refused_and_do_nothing(value, tmp_path):
+    trap = tmp_path / "trap"
+    text = f"merge_method: linear\nmodels: []\nbase_model: {value.format(trap)}\n"
+    ((line, _, what),) = mistakes(text)
+    assert line == 3
+    assert "python" in what or "!!set" in what
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("use", ["[{}]", "{{<<: [{}]}}"], ids=["lists", "merged mappings"])
+def test_alias_bombs_go_off_quickly_and_harmlessly(use):
+    first = "[x]" if use == "[{}]" else "{x: 1}"
+    lines = [f"a0: &a0 {first}"]
+    lines += [f"a{i}: &a{i} {use.format(', '.join([f'*a{i - 1}'] * 9))}" for i in range(1, 20)]
+    began = time.perf_counter()
+    assert mistakes("\n".join(lines))
+    assert time.perf_counter() - began < 10, "9^19 values would take for ever"
+
+
+def test_merge_keys_give_way_to_own_keys():
+    text = """\
+merge_method: linear
+models:
+  - &first
+    model: ./a
+    parameters: &weights {weight: 1, normalize: 0}
+  - <<: *first
+    model: ./b
+  - {<<: [{model: ./c}, *first]}
+"""
+    models = load(text).recipe.models
+    assert [str(entry.model) for entry in models] == ["./a", "./b", "./c"]
+    assert all(entry.parameters == models[0].parameters for entry in models)
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "latin.yml").write_bytes("a: é".encode("latin-1"))
+    for path in (tmp_path / "none.yml", tmp_path, tmp_path / "latin.yml"):
+        with pytest.raises(RecipeError, match="cannot read the recipe") as caught:
+            recipes.load(path)
+        assert str(path) in str(caught.value)
+
+
+# --- recipes as dicts ----------------------------------------------------------------------------
+
+
+def test_a_dict_means_the_same_as_its_yaml():
+    text = "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: [0, 0.00001]}}]\n"
+    assert load(linear("./a") | load_yaml(text)).recipe == load(text).recipe
+
+
+def load_yaml(text):
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("prompt", ["😀 ok", "a\x85b\u2028c", "\x7f\x00", "yes", "1e3", "'\n\n\""])
+def test_any_text_in_a_dict_survives(prompt):
+    expert = {"source_model": "a", "positive_prompts": [prompt]}
+    loaded = load(moe(experts=[expert], experts_per_token=1))
+    assert loaded.recipe.experts[0].positive_prompts == (prompt,)
+    assert load(loaded.document.text).recipe == loaded.recipe, "what is written is the same recipe"
+
+
+def test_a_dict_that_yaml_cannot_say_is_refused():
+    loop = moe()
+    loop["experts"].append(loop)
+    assert "nested" in mistakes(loop)[0][2]
+    assert "object object" in mistakes(moe(seed=object()))[0][2]
+
+
+def test_mistakes_in_a_dict_have_a_path_but_no_line():
+    ((line, path, _),) = mistakes(moe(gate_mode="no"))
+    assert (line, path) == (0, "$.gate_mode")
+
+
+# --- anything ------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from(
+    "models slices experts merge_method base_model model sources layer_range parameters weight t "
+    "filter value dtype linear slerp passthrough source_model positive_prompts gate_mode evaluate "
+    "texts compare experts_per_token seed float32 auto a@b a+b <<".split()
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS
+DATA = st.recursive(
+    SCALARS | st.dates(),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(WORDS | st.text(max_size=3) | st.integers(), inner, max_size=5),
+    max_leaves=25,
+)
+RECIPES = st.dictionaries(WORDS | st.text(max_size=3), DATA, max_size=6)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(RECIPES)
+@example({"models": [{"model": "a", "parameters": {"weight": 10**400}}], "merge_method": "linear"})
+@example({"experts": [{}], "experts_per_token": 2**70, "base_model": []})
+def test_arbitrary_data_is_a_recipe_or_a_recipe_error(data):
+    try:
+        loaded = recipes.load(data)
+    except RecipeError as error:
+        assert error.findings
+    else:
+        assert loaded.document.data.keys() & {"models", "slices", "experts"}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet=st.sampled_from("ab:-[]{}&*!|>?'\"#,<\n \t\x00é1.~@`%")))
+def test_arbitrary_text_is_a_recipe_or_a_recipe_error(text):
+    with pytest.raises(RecipeError):
+        load(text)
+
+
+def test_check_reports_what_load_raises(tmp_path):
+    path = tmp_path / "wrong.yml"
+    path.write_text(WRONG_MOE)
+    report = moeforge.check(path)
+    assert report.exit_code == 2
+    assert report.plan is None
+    assert [(f.line, show_path(f.path), f.what) for f in report.errors] == mistakes(WRONG_MOE)
