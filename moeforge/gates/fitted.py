@@ -13,7 +13,7 @@ from moeforge.gates import Gate, GateInput, TokenizedPrompt
 if TYPE_CHECKING:
     from torch import Tensor
 
-_REGULARIZATION = (0.01, 0.1, 1.0, 10.0)
+_REGULARIZATION = (0.001, 0.01, 0.1, 1.0, 10.0)
 """Candidates for λ, relative to the mean variance of the inputs."""
 _HELD_OUT = 4
 """Every fourth prompt of an expert is held out while λ and the temperature are chosen."""

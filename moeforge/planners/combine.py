@@ -157,17 +157,31 @@ class Combiner:
                 self.findings.error(str(error), path=getattr(error, "path", self.path))
                 return None
             if default is REQUIRED and None in values:
-                missing = slots[values.index(None)] if param.scope == "input" else None
-                whose = f" for {missing.model.label}" if missing else ""
-                what = f"{self.word} needs the parameter {word}{whose} (first missed at {name})"
-                fix = f"Add parameters: {{{word}: …}}."
-                path = missing.own.path[:-1] if missing else (*self.path, "parameters")
-                if not any(f.path == path and f.fix == fix for f in self.findings):
-                    self.findings.error(what, fix, path)
+                shares = param.scope == "shared"
+                self._report_missing(word, name, [] if shares else slots, values)
                 return None
             filled = [default if value is None else value for value in values]
             params[word] = filled[0] if param.scope == "shared" else tuple(filled)
         return params
+
+    def _report_missing(
+        self, word: str, name: str, slots: Sequence[Slot], values: Sequence[object]
+    ) -> None:
+        """Report that parameter `word` is not set: for some `slots`, or (none given) for all."""
+        missing = [((*self.path, "parameters"), "")]
+        if slots:
+            missing = [
+                (slot.own.path[:-1], f" for {slot.model.label}")
+                for slot, value in zip(slots, values, strict=True)
+                if value is None
+            ]
+        for path, whose in missing:
+            fix = f"Add parameters: {{{word}: …}}."
+            if path[-1:] == ("base_model",):  # it takes no parameters there
+                fix = f"List it in models with its own {word}."
+            if not any(f.path == path and f.fix == fix for f in self.findings):
+                what = f"{self.word} needs the parameter {word}{whose} (first missed at {name})"
+                self.findings.error(what, fix, path)
 
     def _report_shapes(self, slots: Sequence[Slot]) -> None:
         first = slots[0]

@@ -61,7 +61,7 @@ def load(path: Path) -> tuple[Prompt, ...]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     elif path.suffix == ".txt":
-        blocks = (block.strip("\n") for block in re.split(r"\n[ \t]*\n", text))
+        blocks = (block.strip("\n") for block in re.split(r"\n(?:[ \t]*\n)+", f"\n{text}\n"))
         prompts = [Prompt(text=block) for block in blocks if block.strip()]
     else:
         raise ValueError(f"{path}: a prompts file ends in .txt or .jsonl")
