@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeforge.plan import Plan
 from moeforge.planners import Model, Planner
 from moeforge.planners.model import from_source
+from moeforge.plans import Plan
 from moeforge.recipe import MoeRecipe, Recipe, average
 from moeforge.routers import Weights
 

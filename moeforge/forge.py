@@ -17,8 +17,8 @@ from moeforge.engine import Settings
 from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
 from moeforge.output import card, folder
 from moeforge.output.layout import DEFAULT_SHARD_SIZE, index, lay_out
-from moeforge.plan import ROUTERS, Plan
 from moeforge.planners import Planner
+from moeforge.plans import ROUTERS, Plan
 from moeforge.recipe import LoadedRecipe, MoeRecipe, Prompt, Reference
 from moeforge.routers import compute_routers
 from moeforge.sources import Source, open_source

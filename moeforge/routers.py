@@ -9,9 +9,9 @@ from moeforge import gates
 from moeforge.engine.whole import evaluate
 from moeforge.errors import BuildError, Finding
 from moeforge.gates import GateInput
-from moeforge.plan import ROUTERS, Plan, Read
 from moeforge.planners import Model, Planner
 from moeforge.planners.model import EMBEDDINGS
+from moeforge.plans import ROUTERS, Plan, Read
 from moeforge.recipe import MoeRecipe, Prompt, Recipe
 from moeforge.sources import Source
 from moeforge.sources.memory import MemorySource

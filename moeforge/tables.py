@@ -12,8 +12,8 @@ from moeforge.engine import Settings
 from moeforge.methods import REQUIRED
 from moeforge.output.card import amount
 from moeforge.output.layout import lay_out
-from moeforge.plan import Plan, dump
 from moeforge.planners.model import from_source
+from moeforge.plans import Plan, dump
 from moeforge.sources import Source
 
 if TYPE_CHECKING:

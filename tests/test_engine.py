@@ -12,7 +12,7 @@ from moeforge import engine, forge
 from moeforge.engine import Settings
 from moeforge.engine.jobs import CHUNK, copy_range
 from moeforge.output.layout import lay_out
-from moeforge.plan import Concat, Fill, Merge, Plan, PlannedTensor, Read
+from moeforge.plans import Concat, Fill, Merge, Plan, PlannedTensor, Read
 from moeforge.sources.memory import MemorySource
 from moeforge.tensors import BY_NAME, TensorSpec
 

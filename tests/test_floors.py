@@ -14,7 +14,7 @@ ROOT = Path(moeforge.__file__).parent
 FLOORS = [
     {"errors", "version"},
     {"tensors", "catalog", "configs"},
-    {"recipe", "plan", "sources", "forward"},
+    {"recipe", "plans", "sources", "forward"},
     {"methods", "families", "gates"},
     {"planners", "engine", "output", "proof"},
     {"routers", "evaluate", "tables", "forge"},
@@ -22,7 +22,7 @@ FLOORS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {
-    ("sources", "plan"),
+    ("sources", "plans"),
     ("output", "engine"),
     ("routers", "evaluate"),
     ("routers", "forge"),
@@ -84,3 +84,10 @@ def test_the_library_is_light_to_import():
     assert not {"torch", "transformers", "pydantic"} & modules_after("import moeforge")
     loaded = modules_after("from moeforge import forge")
     assert not {"torch", "transformers", "huggingface_hub"} & loaded
+
+
+def test_the_public_names_stay_functions_whatever_was_imported():
+    code = "from moeforge import forge, plans, tables; import moeforge\n"
+    assert modules_after(code + "assert all(map(callable, (moeforge.build, moeforge.plan)))")
+    taken = {path.stem for path in ROOT.iterdir()} & {"build", "check", "plan"}
+    assert not taken, "a module of that name would hide the function"

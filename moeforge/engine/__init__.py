@@ -16,7 +16,7 @@ from moeforge.engine.jobs import CopyJob, MergeJob, jobs_of
 from moeforge.engine.pool import Pool
 from moeforge.engine.writer import OutputFiles
 from moeforge.output.layout import Shard
-from moeforge.plan import Plan
+from moeforge.plans import Plan
 
 MIN_SLICE, DEFAULT_SLICE, MAX_SLICE = 2**16, 2**18, 2**20
 """Elements per slice; the default keeps a slice of a few inputs in the L2 cache."""
@@ -60,7 +60,7 @@ class Settings:
 
 def buffers_needed(plan: Plan) -> int:
     """Return the most slice buffers that any tensor of `plan` needs at once."""
-    from moeforge.plan import Concat, Expr, inputs
+    from moeforge.plans import Concat, Expr, inputs
 
     def need(expr: Expr) -> int:
         # While input i is computed, the results of the inputs before it are held.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moeforge import methods
-from moeforge.plan import Concat, Expr, Fill, Merge, Plan, Read
+from moeforge.plans import Concat, Expr, Fill, Merge, Plan, Read
 from moeforge.tensors import DType
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from moeforge import methods
 from moeforge.engine.writer import OutputFiles
 from moeforge.output.layout import Shard
-from moeforge.plan import Expr, Merge, Plan, inputs, pieces
+from moeforge.plans import Expr, Merge, Plan, inputs, pieces
 from moeforge.sources import FileSpan
 from moeforge.tensors import DType
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moeforge.engine.jobs import MergeJob
-from moeforge.plan import Expr, Plan
+from moeforge.plans import Expr, Plan
 from moeforge.tensors import FLOAT32
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeforge import methods
-from moeforge.plan import ROUTERS, Merge, Plan, walk
+from moeforge.plans import ROUTERS, Merge, Plan, walk
 from moeforge.sources import Source
 from moeforge.version import __version__
 

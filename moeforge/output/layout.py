@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeforge.plan import PlannedTensor
+from moeforge.plans import PlannedTensor
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 INDEX = "model.safetensors.index.json"

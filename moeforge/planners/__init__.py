@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeforge.errors import Finding, MoeforgeError, Path, PlanError, SourceError
-from moeforge.plan import Plan
 from moeforge.planners.merge import plan_merge
 from moeforge.planners.model import HEAD, Findings, Model, from_source
 from moeforge.planners.moe import plan_moe
 from moeforge.planners.stack import plan_stack
+from moeforge.plans import Plan
 from moeforge.recipe import MergeRecipe, MoeRecipe, Recipe, Reference, StackRecipe
 from moeforge.sources import Source
 

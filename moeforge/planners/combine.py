@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from moeforge import catalog, methods
 from moeforge.errors import Path, nearest
 from moeforge.methods import REQUIRED, Method
-from moeforge.plan import Expr, Merge, PlannedTensor
 from moeforge.planners.model import Findings, Model, listing
+from moeforge.plans import Expr, Merge, PlannedTensor
 from moeforge.recipe.parameters import ParameterError, Scope, resolve, unused_filters
 from moeforge.tensors import BY_NAME, TensorSpec, promote
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from moeforge.configs import Config, n_layers, portable
 from moeforge.errors import Path
-from moeforge.plan import PlannedTensor
 from moeforge.planners.combine import Combiner, Slot, missing_tensors
 from moeforge.planners.model import (
     EMBEDDINGS,
@@ -17,6 +16,7 @@ from moeforge.planners.model import (
     Model,
     differences,
 )
+from moeforge.plans import PlannedTensor
 from moeforge.recipe import MergeRecipe
 from moeforge.recipe.parameters import Scope
 

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from moeforge.configs import Config, n_layers
 from moeforge.errors import Finding
-from moeforge.plan import PlannedTensor, Read
+from moeforge.plans import PlannedTensor, Read
 from moeforge.sources import Source
 
 HEAD = "lm_head.weight"

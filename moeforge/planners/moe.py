@@ -8,7 +8,6 @@ from moeforge import catalog, families
 from moeforge.configs import Config, complete, portable
 from moeforge.errors import Path
 from moeforge.families import Family
-from moeforge.plan import ROUTERS, Concat, Experts, Expr, Fill, Merge, Plan, PlannedTensor, Read
 from moeforge.planners.model import (
     EMBEDDINGS,
     HEAD,
@@ -18,6 +17,7 @@ from moeforge.planners.model import (
     listing,
     natural,
 )
+from moeforge.plans import ROUTERS, Concat, Experts, Expr, Fill, Merge, Plan, PlannedTensor, Read
 from moeforge.recipe import MoeRecipe
 from moeforge.tensors import BY_NAME, DType, TensorSpec
 

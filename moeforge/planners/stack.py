@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from moeforge.configs import Config, LayerFieldError, restack
 from moeforge.errors import Path
-from moeforge.plan import PlannedTensor, Read, walk
 from moeforge.planners.combine import Combiner, Slot
 from moeforge.planners.merge import Resolve, assemble, finish_config, note_differences, untie
 from moeforge.planners.model import Findings, Model, differences, is_input, listing, natural
+from moeforge.plans import PlannedTensor, Read, walk
 from moeforge.recipe import Slice, StackRecipe
 from moeforge.recipe.parameters import Scope
 
