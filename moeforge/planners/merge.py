@@ -51,8 +51,22 @@ def finish_config(config: Config, tensors: Sequence[PlannedTensor]) -> Config:
     return config
 
 
-_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
-"""Facts that may differ between models whose tensors all have the same shapes."""
+_SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+def same_shape(donor: Model, other: Model, findings: Findings, path: Path) -> None:
+    """Report sizes that the one config of the result would have wrong for `other`.
+
+    Tensors do not tell: twice the heads of half the width have the same shapes.
+    """
+    if facts := differences(donor, other, _SHAPE):
+        findings.error("; ".join(facts.values()), "Use models of one shape.", path)
 
 
 def note_differences(donor: Model, others: Sequence[Model], notes: Findings, path: Path) -> None:
@@ -103,8 +117,8 @@ def plan_merge(
     if len(set(depths.values())) > 1:
         said = ", ".join(f"{label} has {depth} layers" for label, depth in depths.items())
         findings.error(said, "Merge models of one depth, or stack them with slices.", path)
-    for sentence in [s for m in others for s in differences(donor, m, _HEADS).values()]:
-        findings.error(sentence, "Merge only models of one shape.", path)
+    for model, own in zip(inputs, owns, strict=True):
+        same_shape(donor, model, findings, own.path[:-1])
     if len(findings) > before:
         return None
     inputs = untie(inputs)

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from moeforge.configs import Config, LayerFieldError, restack
 from moeforge.errors import Path
 from moeforge.planners.combine import Combiner, Slot
-from moeforge.planners.merge import Resolve, assemble, finish_config, note_differences, untie
+from moeforge.planners.merge import (
+    Resolve,
+    assemble,
+    finish_config,
+    note_differences,
+    same_shape,
+    untie,
+)
 from moeforge.planners.model import Findings, Model, differences, is_input, listing, natural
 from moeforge.plans import PlannedTensor, Read, walk
 from moeforge.recipe import Slice, StackRecipe
@@ -48,7 +55,7 @@ class _Part:
 def _check_ranges(
     entry: Slice, models: Sequence[Model | None], path: Path, findings: Findings
 ) -> None:
-    lengths = set()
+    lengths, before = set(), len(findings)
     for i, (source, model) in enumerate(zip(entry.sources, models, strict=True)):
         start, end = source.layer_range
         here = (*path, "sources", i, "layer_range")
@@ -63,7 +70,7 @@ def _check_ranges(
         elif end <= start:
             what = f"layer_range [{start}, {end}] is empty"
             findings.error(what, f"For layer {start} alone write [{start}, {start + 1}].", here)
-    if len(lengths) > 1:
+    if len(lengths) > 1 and len(findings) == before:
         spans = ", ".join(str(list(source.layer_range)) for source in entry.sources)
         findings.error(f"the layer ranges of one slice differ in length: {spans}", path=path)
 
@@ -107,13 +114,7 @@ def plan_stack(
         return None
     inputs = [model for part in parts for model in part.models]
     donor = global_base or inputs[0]
-    _check_sizes(donor, inputs, findings, path)
-    for model in (*parts[0].models, *parts[-1].models):
-        for sentence in differences(donor, model, ("vocab_size",)).values():
-            fix = (
-                "Embeddings come from the first slice, the head from the last: use one vocabulary."
-            )
-            findings.error(sentence, fix, path)
+    _check_sizes(donor, parts, findings)
     if len(findings) > before:
         return None
     others = {model.label: model for model in inputs if model is not donor}
@@ -144,21 +145,25 @@ def _origins(parts: Sequence[_Part]) -> list[tuple[Config, int]]:
     ]
 
 
-def _check_sizes(donor: Model, models: Sequence[Model], findings: Findings, path: Path) -> None:
-    sizes = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    )
-    for model in models:
-        if model.config.get("model_type") != donor.config.get("model_type"):
+def _check_sizes(donor: Model, parts: Sequence[_Part], findings: Findings) -> None:
+    """Report models that one config cannot hold for, each once."""
+    seen = {donor.label}
+    for number, part in enumerate(parts):
+        for i, model in enumerate(part.models):
+            here = (*part.path, "sources", i)
+            if number in (0, len(parts) - 1):
+                for sentence in differences(donor, model, ("vocab_size",)).values():
+                    fix = "The first slice brings the embeddings, the last the head: use one size."
+                    findings.error(sentence, fix, here)
+            if model.label in seen:
+                continue
+            seen.add(model.label)
             mine, theirs = donor.config.get("model_type"), model.config.get("model_type")
+            if mine == theirs:
+                same_shape(donor, model, findings, here)
+                continue
             what = f"{model.label} is a {theirs} model, {donor.label} a {mine} model"
-            findings.error(what, "Stack models of one family.", path)
-        for sentence in differences(donor, model, sizes).values():
-            findings.error(f"{sentence}; one config holds for all layers", path=path)
+            findings.error(what, "Stack models of one family.", here)
 
 
 class _Stacker:

@@ -77,6 +77,9 @@ class FolderSource:
         self.folder: Path = folder
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
+        if folder.is_file():
+            what = f"{key} is a file, not a model folder"
+            raise SourceError(Finding(what, "Give the folder that holds config.json."))
         files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
         config = read_json(folder / "config.json") if "config.json" in files else None
         refuse_unusable(key, files, config)
@@ -94,10 +97,14 @@ class FolderSource:
             raise SourceError(Finding(f"{self.folder / INDEX} has no weight_map"))
         entries: dict[str, Entry] = {}
         for file in sorted(set(weight_map.values())):
-            if Path(file).name != file:
+            if Path(file).name != file or file in ("", ".."):
                 what = f"{self.folder / INDEX} names {file!r}, which is outside the folder"
                 raise SourceError(Finding(what))
-            entries.update(read_header(self.folder / file))
+            found = read_header(self.folder / file)
+            # Where two files have a tensor of one name, the index says which one counts.
+            entries.update(
+                {name: e for name, e in found.items() if weight_map.get(name, file) == file}
+            )
         lost = sorted(set(weight_map) - set(entries))
         if lost:
             what = f"{self.key}: the index lists {len(lost)} tensors that no file has"
