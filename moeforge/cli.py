@@ -226,8 +226,8 @@ def _show_result(result: Result, *, verbose: bool) -> None:
     if result.heldout:
         from moeforge.tables import heldout_tables
 
-        for table in heldout_tables(result.heldout):
-            console.print(table)
+        for part in heldout_tables(result.heldout):
+            console.print(part)
 
 
 @app.command()

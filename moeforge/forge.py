@@ -6,22 +6,19 @@ The flags of the command line are the arguments here, with the same names and me
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeforge import engine, gates
-from moeforge import recipe as recipes
+from moeforge import engine
 from moeforge.engine import Settings
-from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
+from moeforge.errors import BuildError, Finding, MoeforgeError
 from moeforge.output import card, folder
 from moeforge.output.layout import DEFAULT_SHARD_SIZE, index, lay_out
-from moeforge.planners import Planner
 from moeforge.plans import ROUTERS, Plan
-from moeforge.recipe import LoadedRecipe, MoeRecipe, Prompt, Reference
+from moeforge.prepare import Prepared, prepare
 from moeforge.routers import compute_routers
-from moeforge.sources import Source, open_source
 
 if TYPE_CHECKING:
     from moeforge.proof.heldout import HeldOut
@@ -59,96 +56,6 @@ class Report:
     exit_code: int
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    loaded: LoadedRecipe
-    planner: Planner
-    plan: Plan
-    prompts: Sequence[tuple[int, bool, Prompt]]
-
-
-def _expert_prompts(loaded: LoadedRecipe, recipe: MoeRecipe) -> list[tuple[int, bool, Prompt]]:
-    """Return expert, negative or not, and prompt; every problem with prompts at once."""
-    needed = gates.load(recipe.gate_mode).needs_prompts
-    findings = []
-    prompts: list[tuple[int, bool, Prompt]] = []
-    seen: dict[tuple[Prompt, ...], int] = {}
-    for i, expert in enumerate(recipe.experts):
-        path = ("experts", i)
-        try:
-            positive = loaded.expert_prompts(expert)
-        except ValueError as error:
-            findings.append(Finding(str(error), path=(*path, "prompts_file")))
-            continue
-        if needed and not positive:
-            what = f"gate mode {recipe.gate_mode} needs prompts for every expert, this one has none"
-            fix = "Add positive_prompts or prompts_file, or choose gate_mode: random to train it."
-            findings.append(Finding(what, fix, path))
-        elif needed and positive in seen:
-            what = f"experts[{seen[positive]}] has the same prompts: no router can tell them apart"
-            findings.append(Finding(what, "Give each expert prompts of its own.", path))
-        seen.setdefault(positive, i)
-        prompts += [(i, False, prompt) for prompt in positive]
-        prompts += [(i, True, Prompt(text=text)) for text in expert.negative_prompts]
-    if findings:
-        raise PlanError(*findings)
-    return prompts if needed else []
-
-
-def _check_texts(loaded: LoadedRecipe, plan: Plan) -> None:
-    texts = loaded.recipe.evaluate
-    if not texts:
-        return
-    findings = [
-        Finding(f"{text} does not exist", path=("evaluate", label))
-        for label, text in texts.items()
-        if not loaded.find(text).is_file()
-    ]
-    if not folder.has_tokenizer(plan.donor.folder):
-        what = f"evaluate needs a tokenizer, and {plan.donor.key} has none"
-        findings.append(Finding(what, "Add its tokenizer files, or drop evaluate.", ("evaluate",)))
-    if findings:
-        raise PlanError(*findings)
-
-
-def _prepare(recipe: RecipeLike, *, offline: bool) -> _Prepared:
-    """Do everything that needs no weights."""
-    loaded = recipes.load(recipe)
-
-    def open_reference(reference: Reference) -> Source:
-        return open_source(
-            reference.model,
-            reference.revision,
-            reference.subfolder,
-            beside=loaded.folder,
-            offline=offline,
-        )
-
-    planner = Planner(open_reference)
-    try:
-        plan = planner.plan(loaded.recipe)
-        prompts: list[tuple[int, bool, Prompt]] = []
-        if isinstance(loaded.recipe, MoeRecipe):
-            prompts = _expert_prompts(loaded, loaded.recipe)
-            if prompts and not folder.has_tokenizer(plan.donor.folder):
-                what = (
-                    f"gate mode {loaded.recipe.gate_mode} reads prompts, but {plan.donor.key} has"
-                )
-                fix = "Add its tokenizer files, or choose gate_mode: random."
-                raise PlanError(Finding(f"{what} no tokenizer", fix, ("base_model",)))
-        _check_texts(loaded, plan)
-    except MoeforgeError as error:
-        raise type(error)(*loaded.place(error.findings)) from error.__cause__
-    return _Prepared(loaded, planner, plan, prompts)
-
-
-def _notes(prepared: _Prepared) -> tuple[Finding, ...]:
-    notes = list(prepared.loaded.place(prepared.plan.notes))
-    if not folder.has_tokenizer(prepared.plan.donor.folder):
-        notes.append(Finding(f"{prepared.plan.donor.key} has no tokenizer: the output has none"))
-    return tuple(notes)
-
-
 def plan(recipe: RecipeLike, *, offline: bool = False) -> Plan:
     """Plan a recipe from headers and configs alone; no weight is read or downloaded.
 
@@ -159,7 +66,7 @@ def plan(recipe: RecipeLike, *, offline: bool = False) -> Plan:
     Raises:
         MoeforgeError: with everything that is wrong.
     """
-    return _prepare(recipe, offline=offline).plan
+    return prepare(recipe, offline=offline).plan
 
 
 def check(recipe: RecipeLike, *, offline: bool = False) -> Report:
@@ -170,10 +77,10 @@ def check(recipe: RecipeLike, *, offline: bool = False) -> Report:
         offline: use only what is in the local Hub cache.
     """
     try:
-        prepared = _prepare(recipe, offline=offline)
+        prepared = prepare(recipe, offline=offline)
     except MoeforgeError as error:
         return Report(error.findings, (), None, error.exit_code)
-    return Report((), _notes(prepared), prepared.plan, 0)
+    return Report((), prepared.notes(), prepared.plan, 0)
 
 
 def build(
@@ -207,10 +114,10 @@ def build(
         MoeforgeError: with everything that is wrong; nothing was published.
     """
     began = time.perf_counter()
-    prepared = _prepare(recipe, offline=offline)
+    prepared = prepare(recipe, offline=offline)
     plan = prepared.plan
     target = Path(out) if out is not None else Path(prepared.loaded.stem)
-    for finding in _notes(prepared):
+    for finding in prepared.notes():
         note(finding)
     settings = Settings(threads=threads, memory=memory, device=device)
     shards = lay_out(plan.tensors, shard_size)
@@ -221,7 +128,7 @@ def build(
             routers = compute_routers(
                 plan, prepared.planner, prepared.loaded.recipe, prepared.prompts, device, progress
             )
-            plan = _with_routers(plan, routers)
+            plan = replace(plan, sources={**plan.sources, ROUTERS: routers})
         total = plan.nbytes
         engine.run(plan, shards, work, settings, lambda done: progress("tensors", done, total))
         folder.write_json(work / "config.json", plan.config)
@@ -234,12 +141,6 @@ def build(
         text = card.render(plan, card.Card(target.name, prepared.loaded.document.text, tables))
         (work / "README.md").write_text(text, encoding="utf-8")
     return Result(target, plan, time.perf_counter() - began, heldout)
-
-
-def _with_routers(plan: Plan, routers: Source) -> Plan:
-    from dataclasses import replace
-
-    return replace(plan, sources={**plan.sources, ROUTERS: routers})
 
 
 def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
@@ -256,7 +157,7 @@ def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
         raise BuildError(Finding(what, "Allow more, or use fewer --threads."))
 
 
-def _evaluate(prepared: _Prepared, plan: Plan, work: Path, progress: Progress) -> HeldOut | None:
+def _evaluate(prepared: Prepared, plan: Plan, work: Path, progress: Progress) -> HeldOut | None:
     recipe = prepared.loaded.recipe
     if not recipe.evaluate:
         return None

@@ -12,7 +12,8 @@ from moeforge.gates import GateInput
 from moeforge.planners import Model, Planner
 from moeforge.planners.model import EMBEDDINGS
 from moeforge.plans import ROUTERS, Plan, Read
-from moeforge.recipe import MoeRecipe, Prompt, Recipe
+from moeforge.prepare import ExpertPrompt
+from moeforge.recipe import MoeRecipe, Recipe
 from moeforge.sources import Source
 from moeforge.sources.memory import MemorySource
 from moeforge.tensors import FLOAT32, TensorSpec
@@ -61,7 +62,7 @@ def compute_routers(
     plan: Plan,
     planner: Planner,
     recipe: Recipe,
-    prompts: Sequence[tuple[int, bool, Prompt]],
+    prompts: Sequence[ExpertPrompt],
     device: str,
     progress: Callable[[str, int, int], None],
 ) -> Source:
@@ -110,7 +111,7 @@ def compute_routers(
     return _as_source(gates_LEH, plan.experts.routers)
 
 
-def _tokenize(plan: Plan, prompts: Sequence[tuple[int, bool, Prompt]]) -> Sequence[Any]:
+def _tokenize(plan: Plan, prompts: Sequence[ExpertPrompt]) -> Sequence[Any]:
     if not prompts:
         return []
     from moeforge.gates._tokenize import load_tokenizer, tokenize

@@ -229,23 +229,19 @@ def short_labels(labels: tuple[str, ...]) -> list[str]:
     return short if len(set(short)) == len(set(labels)) else list(labels)
 
 
-def heldout_tables(heldout: HeldOut) -> list[Table]:
-    """Return losses and routing on held-out text as tables."""
+def heldout_tables(heldout: HeldOut) -> list[str | Table]:
+    """Return losses and routing on held-out text as headings and tables."""
     names = tuple(heldout.losses)
-    table = Table(
-        title="Loss on held-out text, nats per token (lower is better)", title_justify="left"
-    )
+    table = Table()
     table.add_column("model")
     for domain in (*heldout.domains, "mean"):
         table.add_column(domain, justify="right")
     for name, label in zip(names, short_labels(names), strict=True):
         cells = [f"{loss:.3f}" for loss in (*heldout.losses[name], heldout.mean(name))]
         table.add_row(label, *cells, style="bold" if name == names[-1] else "")
-    tables = [table]
+    shown: list[str | Table] = ["\nLoss on held-out text, nats per token (lower is better)", table]
     if heldout.routing:
-        table = Table(
-            title="Where the mixture's tokens go, share of router weight", title_justify="left"
-        )
+        table = Table()
         table.add_column("text")
         for expert in short_labels(heldout.experts):
             table.add_column(expert, justify="right")
@@ -253,5 +249,5 @@ def heldout_tables(heldout: HeldOut) -> list[Table]:
             best = max(shares)
             cells = [f"[bold]{s:.0%}[/]" if s == best else f"{s:.0%}" for s in shares]
             table.add_row(domain, *cells)
-        tables.append(table)
-    return tables
+        shown += ["\nWhere the mixture's tokens go, share of router weight", table]
+    return shown

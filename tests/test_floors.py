@@ -17,13 +17,15 @@ FLOORS = [
     {"recipe", "plans", "sources", "forward"},
     {"methods", "families", "gates"},
     {"planners", "engine", "output", "proof"},
-    {"routers", "evaluate", "tables", "forge"},
+    {"prepare", "routers", "evaluate", "tables", "forge"},
     {"cli", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {
     ("sources", "plans"),
     ("output", "engine"),
+    ("prepare", "routers"),
+    ("prepare", "forge"),
     ("routers", "evaluate"),
     ("routers", "forge"),
     ("evaluate", "forge"),

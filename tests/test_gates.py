@@ -280,6 +280,6 @@ def test_chats_go_through_the_chat_template(llamas, models, tmp_path):
     assert torch.equal(made["chat"], made["text"])
     data["experts"][1]["prompts_file"] = str(tmp_path / "chat.jsonl")
     data["base_model"] = str(llamas[0])
-    with pytest.raises(moeforge.errors.SourceError, match="no chat template"):
+    with pytest.raises(moeforge.errors.PlanError, match="no chat template"):
         moeforge.build(data, tmp_path / "never")
     assert not (tmp_path / "never").exists()

@@ -67,7 +67,7 @@ CASES = {
         (linear, 3, {"weight": (1.0, -0.7, 0.25), "normalize": False}),
         (linear, 1, {"weight": (3.0,), "normalize": True}),
     ],
-    "passthrough": [(lambda inputs, scale: scale * inputs[0], 1, {"scale": -1.5})],
+    "passthrough": [(lambda inputs, scale: scale[0] * inputs[0], 1, {"scale": (-1.5,)})],
     "slerp": [(spherical, 2, {"t": t}) for t in (0.0, 0.3, 0.5, 1.0, 1.4, -0.2)],
 }
 

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 def merge(tensors: Sequence[Tensor], params: Params, stats: Stats) -> Tensor:
     """Return scale · x. Where `scale` is not set the planner leaves the tensor a plain copy."""
-    return tensors[0].mul_(params["scale"])
+    return tensors[0].mul_(params["scale"][0])
 
 
 METHOD = Method(
     title="Passthrough",
     merge=merge,
-    params={"scale": Param(float, None)},
+    params={"scale": Param(float, None, scope="input")},
     inputs=(1, 1),
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moeforge.errors import BuildError, Finding
+from moeforge.sources.folder import read_json
 
 _COMPANIONS = (
     "tokenizer*",
@@ -40,6 +41,16 @@ def has_tokenizer(folder: Path | None) -> bool:
         for file in folder.iterdir()
         for pattern in TOKENIZER_FILES
     )
+
+
+def has_chat_template(folder: Path | None) -> bool:
+    """Say whether the tokenizer in `folder` has a chat template, in any of its three places."""
+    if folder is None:
+        return False
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.exists() and "chat_template" in read_json(config)
 
 
 def copy_companions(donor: Path | None, folder: Path) -> list[str]:

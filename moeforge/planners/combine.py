@@ -73,7 +73,7 @@ class Combiner:
                     )
                 elif per_input and self.method.params[name].scope == "shared":
                     what = f'"{name}" is one value for all inputs of {self.word}; it is unused here'
-                    self.findings.error(what, "Move it to the parameters of the merge.", path)
+                    self.notes.error(what, "Move it to the parameters of the merge.", path)
 
     def check_inputs(self, count: int, base: int | None, path: Path) -> None:
         """Report too few or too many inputs, and a missing base."""
@@ -123,7 +123,7 @@ class Combiner:
             return None
         dtype = promote(tensor.spec.dtype for tensor in tensors)
         expr: Expr = tensors[0].expr
-        copied = self.word == "passthrough" and params["scale"] is None
+        copied = self.word == "passthrough" and params["scale"] == (None,)
         if not copied:
             foreign = [t.spec.dtype for t in tensors if not t.spec.dtype.mergeable]
             if foreign:

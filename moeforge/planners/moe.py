@@ -203,7 +203,7 @@ class _Assembly:
         expr = tensor.expr
         scale = self.recipe.experts[expert].residual_scale
         if part == "down_proj.weight" and scale != 1.0:
-            expr = Merge("passthrough", (expr,), (("scale", scale),))
+            expr = Merge("passthrough", (expr,), (("scale", (scale,)),))
         dtype = self.dtype or self.base_dtype(tensor.name)
         return expr, TensorSpec(dtype, tensor.spec.shape)
 

@@ -34,6 +34,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """Return the weights file of each tensor, from the index file `path`.
+
+    Raises:
+        SourceError: it is not an index, or names files outside its folder.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise SourceError(Finding(f"{path} has no weight_map"))
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or file in ("", ".."):
+            raise SourceError(Finding(f"{path} names {file!r}, which is outside the folder"))
+    return weight_map
+
+
 def refuse_unusable(key: str, files: set[str], config: Mapping[str, Any] | None) -> None:
     """Refuse what is no dense safetensors checkpoint, by its file names and config.
 
@@ -89,17 +106,9 @@ class FolderSource:
     def _entries(self) -> dict[str, Entry]:
         if (self.folder / SINGLE).exists():
             return read_header(self.folder / SINGLE)
-        index = read_json(self.folder / INDEX)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) for file in weight_map.values()
-        ):
-            raise SourceError(Finding(f"{self.folder / INDEX} has no weight_map"))
+        weight_map = read_index(self.folder / INDEX)
         entries: dict[str, Entry] = {}
         for file in sorted(set(weight_map.values())):
-            if Path(file).name != file or file in ("", ".."):
-                what = f"{self.folder / INDEX} names {file!r}, which is outside the folder"
-                raise SourceError(Finding(what))
             found = read_header(self.folder / file)
             # Where two files have a tensor of one name, the index says which one counts.
             entries.update(

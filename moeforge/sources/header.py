@@ -15,7 +15,7 @@ from moeforge.errors import Finding, SourceError
 from moeforge.sources import FileSpan
 from moeforge.tensors import TensorSpec
 
-_MAX_HEADER = 100_000_000
+MAX_HEADER = 100_000_000
 """Bytes; the limit of the reference implementation."""
 
 Entry = tuple[TensorSpec, FileSpan]
@@ -94,7 +94,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER, size - 8):
+            if size < 8 or length > min(MAX_HEADER, size - 8):
                 raise ValueError(f"it cannot have a header of {length} bytes: it has {size} in all")
             return parse_header(file.read(length), path, size - 8 - length)
     except (OSError, ValueError, RecursionError) as error:

@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge.errors import Finding, HubError, SourceError
 from moeforge.sources import FileSpan
-from moeforge.sources.folder import INDEX, SINGLE, FolderSource, read_json, refuse_unusable
-from moeforge.sources.header import _MAX_HEADER, Entry, parse_header
+from moeforge.sources.folder import (
+    INDEX,
+    SINGLE,
+    FolderSource,
+    read_index,
+    read_json,
+    refuse_unusable,
+)
+from moeforge.sources.header import MAX_HEADER, Entry, parse_header
 from moeforge.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -178,11 +185,7 @@ class HubSource:
         """Weights file of each tensor; empty where there is a single file."""
         if SINGLE in self._sizes:
             return {}
-        weight_map = read_json(self.folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) for file in weight_map.values()
-        ):
-            raise SourceError(Finding(f"{self.key}: {INDEX} has no weight_map"))
+        weight_map = read_index(self.folder / INDEX)
         absent = sorted(set(weight_map.values()) - set(self._sizes))
         if absent and not self._offline:
             what = f"{self.key}: {INDEX} names {absent[0]}, which the repository does not have"
@@ -244,7 +247,7 @@ class HubSource:
         start = self._fetch_range(file, 0, 8) if size >= 8 else b""
         length = int.from_bytes(start, "little")
         try:
-            if not 0 < length <= min(_MAX_HEADER, size - 8):
+            if not 0 < length <= min(MAX_HEADER, size - 8):
                 raise ValueError(f"it cannot have a header of {length} bytes: it has {size} in all")
             raw = self._fetch_range(file, 8, length)
             return parse_header(raw, self.folder / file, size - 8 - length)

@@ -1,0 +1,127 @@
+"""Owns what is done before a build and without weights: recipe, plan, prompts, every mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeforge import gates
+from moeforge import recipe as recipes
+from moeforge.errors import Finding, MoeforgeError, PlanError
+from moeforge.output.folder import has_chat_template, has_tokenizer
+from moeforge.planners import Planner
+from moeforge.plans import Plan
+from moeforge.recipe import LoadedRecipe, MoeRecipe, Prompt, Recipe, Reference
+from moeforge.sources import Source, open_source
+
+ExpertPrompt = tuple[int, bool, Prompt]
+"""Index of the expert, whether the prompt is a negative one, and the prompt."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that can be built.
+
+    Attributes:
+        loaded: the recipe.
+        planner: the planner that made the plan; it knows the recipe's models.
+        plan: what will be made.
+        prompts: what the gate mode reads; empty where it reads none.
+    """
+
+    loaded: LoadedRecipe
+    planner: Planner
+    plan: Plan
+    prompts: Sequence[ExpertPrompt]
+
+    def notes(self) -> tuple[Finding, ...]:
+        """Return what is worth knowing before the build."""
+        notes = list(self.loaded.place(self.plan.notes))
+        if not has_tokenizer(self.plan.donor.folder):
+            notes.append(Finding(f"{self.plan.donor.key} has no tokenizer: the output has none"))
+        return tuple(notes)
+
+
+def _read_prompts(
+    loaded: LoadedRecipe, recipe: Recipe, findings: list[Finding]
+) -> list[ExpertPrompt]:
+    """Return the prompts that the recipe's gate mode reads, reporting what is wrong with them."""
+    if not isinstance(recipe, MoeRecipe):
+        return []
+    needed = gates.load(recipe.gate_mode).needs_prompts
+    prompts: list[ExpertPrompt] = []
+    seen: dict[frozenset[Prompt], int] = {}
+    for i, expert in enumerate(recipe.experts):
+        path = ("experts", i)
+        try:
+            positive = loaded.expert_prompts(expert)
+        except ValueError as error:
+            findings.append(Finding(str(error), path=(*path, "prompts_file")))
+            continue
+        if needed and not positive:
+            what = f"gate mode {recipe.gate_mode} needs prompts for every expert, this one has none"
+            fix = "Add positive_prompts or prompts_file, or choose gate_mode: random to train it."
+            findings.append(Finding(what, fix, path))
+        elif needed and frozenset(positive) in seen:
+            twin = seen[frozenset(positive)]
+            what = f"experts[{twin}] has the same prompts: no router can tell them apart"
+            findings.append(Finding(what, "Give each expert prompts of its own.", path))
+        seen.setdefault(frozenset(positive), i)
+        prompts += [(i, False, prompt) for prompt in positive]
+        prompts += [(i, True, Prompt(text=text)) for text in expert.negative_prompts]
+    return prompts if needed else []
+
+
+def _check_tokenizer(
+    plan: Plan, recipe: Recipe, prompts: Sequence[ExpertPrompt], findings: list[Finding]
+) -> None:
+    donor = plan.donor
+    if has_tokenizer(donor.folder):
+        if any(p.messages for _, _, p in prompts) and not has_chat_template(donor.folder):
+            what = f"a prompt is a chat (messages), but {donor.key} has no chat template"
+            fix = "Give plain texts, or a base with a chat template."
+            findings.append(Finding(what, fix, ("base_model",)))
+        return
+    if prompts:
+        what = f"the gate mode reads prompts, but {donor.key} has no tokenizer"
+        fix = "Add its tokenizer files, or choose gate_mode: random."
+        findings.append(Finding(what, fix, ("base_model",)))
+    if recipe.evaluate:
+        what = f"evaluate needs a tokenizer, and {donor.key} has none"
+        findings.append(Finding(what, "Add its tokenizer files, or drop evaluate.", ("evaluate",)))
+
+
+def prepare(recipe: str | Path | dict[str, Any], *, offline: bool) -> Prepared:
+    """Do everything that needs no weights.
+
+    Raises:
+        MoeforgeError: with everything that is wrong; its kind is that of the first thing.
+    """
+    loaded = recipes.load(recipe)
+
+    def open_reference(reference: Reference) -> Source:
+        return open_source(
+            reference.model,
+            reference.revision,
+            reference.subfolder,
+            beside=loaded.folder,
+            offline=offline,
+        )
+
+    planner = Planner(open_reference)
+    findings = [
+        Finding(f"{text} does not exist", path=("evaluate", label))
+        for label, text in loaded.recipe.evaluate.items()
+        if not loaded.find(text).is_file()
+    ]
+    prompts = _read_prompts(loaded, loaded.recipe, findings)
+    try:
+        plan = planner.plan(loaded.recipe)
+    except MoeforgeError as error:
+        raise type(error)(*loaded.place([*error.findings, *findings])) from error.__cause__
+    _check_tokenizer(plan, loaded.recipe, prompts, findings)
+    if findings:
+        raise PlanError(*loaded.place(findings))
+    return Prepared(loaded, planner, plan, prompts)
