@@ -20,6 +20,7 @@ def names(shelf: str) -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in files if not file.stem.startswith("_")))
 
 
+@cache
 def load(shelf: str, name: str, attribute: str) -> Any:
     """Import entry `name` of `shelf` and return its `attribute` (METHOD, FAMILY or GATE)."""
     return getattr(import_module(f"moeforge.{shelf}.{name}"), attribute)

@@ -18,8 +18,8 @@ from moeforge.engine.writer import OutputFiles
 from moeforge.output.layout import Shard
 from moeforge.plans import Plan
 
-MIN_SLICE, DEFAULT_SLICE, MAX_SLICE = 2**16, 2**18, 2**20
-"""Elements per slice; the default keeps a slice of a few inputs in the L2 cache."""
+MIN_SLICE, DEFAULT_SLICE = 2**16, 2**19
+"""Elements per slice; the default is the fastest measured: see docs/architecture.md."""
 
 INTERPRETER = 280_000_000
 """Bytes that Python and torch take before any work, measured; see docs/architecture.md."""

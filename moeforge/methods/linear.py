@@ -19,12 +19,13 @@ def check(params: Params) -> str:
 
 
 def merge(tensors: Sequence[Tensor], params: Params, stats: Stats) -> Tensor:
-    """Return Σ wᵢ·xᵢ, divided by Σ wᵢ if `normalize`."""
-    weights = params["weight"]
-    total = tensors[0].mul_(weights[0])
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+    """Return Σ wᵢ·xᵢ; with `normalize`, the weights are first divided by their sum."""
+    divisor = sum(params["weight"]) if params["normalize"] else 1.0
+    first, *others = (weight / divisor for weight in params["weight"])
+    total = tensors[0].mul_(first)
+    for tensor, weight in zip(tensors[1:], others, strict=True):
         total.add_(tensor, alpha=weight)
-    return total.div_(sum(weights)) if params["normalize"] else total
+    return total
 
 
 METHOD = Method(

@@ -20,10 +20,10 @@ _COLLINEAR = 0.9995
 def measure(tensors: Sequence[Tensor], params: Params) -> Stats:
     """Return Σa², Σb², Σab of a block, a being the base.
 
-    torch sums a block pairwise, which loses next to nothing; blocks are added up exactly.
+    A block's sums are in float32, good to some 1e-7; blocks are added up exactly.
     """
     a, b = tensors
-    return tuple(float(product.sum()) for product in (a * a, b * b, a * b))
+    return float(a.dot(a)), float(b.dot(b)), float(a.dot(b))
 
 
 def coefficients(t: float, stats: Stats) -> tuple[float, float]:

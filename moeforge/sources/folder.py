@@ -120,9 +120,13 @@ class FolderSource:
             raise SourceError(Finding(f"{what}, first {lost[0]}", "Download the model again."))
         return entries
 
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:
+        return {name: spec for name, (spec, _) in self._entries.items()}
+
     def specs(self) -> Mapping[str, TensorSpec]:
         """Return dtype and shape of every tensor, from headers only."""
-        return {name: spec for name, (spec, _) in self._entries.items()}
+        return self._specs
 
     def locate(self, name: str) -> FileSpan | None:
         """Return where the bytes of tensor `name` lie."""

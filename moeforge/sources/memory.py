@@ -33,10 +33,11 @@ class MemorySource:
         self.key = key
         self.config = config or {}
         self._tensors = dict(tensors)
+        self._specs = {name: spec for name, (spec, _) in tensors.items()}
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Return dtype and shape of every tensor."""
-        return {name: spec for name, (spec, _) in self._tensors.items()}
+        return self._specs
 
     def locate(self, name: str) -> FileSpan | None:
         """Return None: no file has these bytes."""
