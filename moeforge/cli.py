@@ -138,7 +138,9 @@ def build(
     ] = None,
     memory: Annotated[str | None, typer.Option(help="Most memory to take, such as 2GB.")] = None,
     shard_size: Annotated[str, typer.Option(help="Most bytes per output file.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing model folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing folder.")
+    ] = False,
     offline: Offline = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
