@@ -603,3 +603,15 @@ def test_a_damaged_model_does_not_replace_a_good_one(llamas, damaged, tmp_path):
         moeforge.build(linear(damaged, llamas[1]), tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out") == before
     assert sorted(os.listdir(tmp_path)) == ["damaged", "out"]
+
+
+def test_a_misspelt_path_that_looks_like_a_hub_id_names_its_neighbour(llamas, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "python").symlink_to(llamas[0])
+    path = tmp_path / "recipe.yml"
+    path.write_text(
+        "merge_method: linear\nmodels: [{model: models/pyton}]\nparameters: {weight: 1}\n"
+    )
+    report = moeforge.check(path)
+    assert report.exit_code == 3
+    assert 'models is here, but has no pyton — did you mean "python"?' in report.errors[0].what

@@ -175,21 +175,46 @@ def test_errors_in_json_are_on_stdout_too(tmp_path):
 def test_an_interrupted_build_leaves_nothing(moe, tmp_path):
     """SIGINT as soon as the working folder is there, while the base is being run."""
     before = sorted(os.listdir(tmp_path))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moeforge", "build", moe, "-o", tmp_path / "out"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / ".out.moeforge").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    process = start_build(moe, tmp_path / "out")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == "stopped; nothing was published\n"
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def start_build(recipe_path, out):
+    """Start a build and wait until its working folder is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moeforge", "build", recipe_path, "-o", out],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not out.with_name(f".{out.name}.moeforge").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return process
+
+
+def test_a_killed_build_publishes_nothing_and_the_next_one_works(moe, tmp_path):
+    process = start_build(moe, tmp_path / "out")
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "out").exists()
+    moeforge("build", moe, "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / ".out.moeforge").exists()
+
+
+def test_a_second_build_of_the_same_output_is_refused(moe, tmp_path):
+    first = start_build(moe, tmp_path / "out")
+    time.sleep(0.2)  # the folder is made just before it is locked
+    second = moeforge("build", moe, "-o", tmp_path / "out", code=5)
+    assert "another build is making" in second.stderr
+    assert first.wait(timeout=60) == 0
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 # --- looking only --------------------------------------------------------------------------------

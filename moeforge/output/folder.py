@@ -101,21 +101,16 @@ def staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
             disk refuses.
     """
     refuse_existing(out, overwrite=overwrite)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     work = out.absolute().with_name(f".{out.absolute().name}.moeforge")
     try:
-        work.mkdir(exist_ok=True)
-        lock = os.open(work, os.O_RDONLY)
+        work.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(work)
     except OSError as error:
         raise BuildError(Finding(f"cannot write beside {out}: {error.strerror}")) from error
+    if lock is None:
+        what = f"another build is making {out} now"
+        raise BuildError(Finding(what, "Wait for it, or choose another folder with -o."))
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            what = f"another build is making {out} now"
-            raise BuildError(
-                Finding(what, "Wait for it, or choose another folder with -o.")
-            ) from None
         _clear(work)
         made = work / "model"
         made.mkdir()
@@ -124,6 +119,23 @@ def staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
+
+
+def _lock(work: Path) -> int | None:
+    """Make folder `work` and lock it; return the lock, or None where another process has it."""
+    while True:
+        work.mkdir(exist_ok=True)
+        lock = os.open(work, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), work.stat()):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(lock)  # a build that ended just now took the folder with it: make it anew
 
 
 def _clear(folder: Path) -> None:

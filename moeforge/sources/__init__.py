@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from moeforge.errors import Finding, SourceError
+from moeforge.errors import Finding, HubError, SourceError, nearest
 from moeforge.tensors import TensorSpec
 
 
@@ -94,4 +94,17 @@ def open_source(
         raise SourceError(Finding(what, "Correct the path."))
     from moeforge.sources.hub import HubSource
 
-    return HubSource(model, revision, subfolder, offline=offline)
+    try:
+        return HubSource(model, revision, subfolder, offline=offline)
+    except HubError as error:
+        # What looks like owner/name may be a misspelt path: say so where its folder is here.
+        folder, _, name = model.rpartition("/")
+        around = [place / folder for place in (beside, Path()) if folder]
+        entries = {item.name for place in around if place.is_dir() for item in place.iterdir()}
+        if not entries:
+            raise
+        what = (
+            f"{model} does not exist: {folder} is here, but has no {name}{nearest(name, entries)}"
+        )
+        hub = " ".join(str(finding.what) for finding in error.findings)
+        raise SourceError(Finding(what, f"Correct the path. As a Hub id: {hub}.")) from error
