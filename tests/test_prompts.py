@@ -95,9 +95,11 @@ def test_files_are_found_beside_the_recipe_and_added_to_its_prompts(llamas, tmp_
 def test_chats_can_be_compared_like_texts(llamas, tmp_path):
     write(tmp_path / "chat.jsonl", json.dumps({"messages": CHAT}))
     recipe = mixture(llamas, tmp_path, "prompts_file: chat.jsonl", "positive_prompts: [text]")
-    assert not forge.check(recipe).errors
+    (template,) = forge.check(recipe).errors
+    assert "has no chat template" in template.what
     recipe = mixture(llamas, tmp_path, *["prompts_file: chat.jsonl"] * 2)
-    (finding,) = forge.check(recipe).errors
+    finding, template = forge.check(recipe).errors
+    assert "has no chat template" in template.what
     assert "experts[0] has the same prompts" in finding.what
     assert (finding.path, finding.line) == (("experts", 1), 5)
 

@@ -50,7 +50,7 @@ def load(path: Path) -> tuple[Prompt, ...]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be read: {reason}") from None
+        raise ValueError(f"{path}: cannot be read: {reason}") from None
     prompts: list[Prompt] = []
     if path.suffix == ".jsonl":
         # Not splitlines(): JSON strings may hold other line separators as they are.

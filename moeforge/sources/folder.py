@@ -34,8 +34,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Return the weights file of each tensor, from the index file `path`.
+def read_index(key: str, path: Path) -> dict[str, str]:
+    """Return the weights file of each tensor of model `key`, from its index file `path`.
 
     Raises:
         SourceError: it is not an index, or names files outside its folder.
@@ -44,7 +44,7 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) for file in weight_map.values()
     ):
-        raise SourceError(Finding(f"{path} has no weight_map"))
+        raise SourceError(Finding(f"{key}: {path} has no weight_map"))
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".."):
             raise SourceError(Finding(f"{path} names {file!r}, which is outside the folder"))
@@ -106,7 +106,7 @@ class FolderSource:
     def _entries(self) -> dict[str, Entry]:
         if (self.folder / SINGLE).exists():
             return read_header(self.folder / SINGLE)
-        weight_map = read_index(self.folder / INDEX)
+        weight_map = read_index(self.key, self.folder / INDEX)
         entries: dict[str, Entry] = {}
         for file in sorted(set(weight_map.values())):
             found = read_header(self.folder / file)

@@ -185,7 +185,7 @@ class HubSource:
         """Weights file of each tensor; empty where there is a single file."""
         if SINGLE in self._sizes:
             return {}
-        weight_map = read_index(self.folder / INDEX)
+        weight_map = read_index(self.key, self.folder / INDEX)
         absent = sorted(set(weight_map.values()) - set(self._sizes))
         if absent and not self._offline:
             what = f"{self.key}: {INDEX} names {absent[0]}, which the repository does not have"
