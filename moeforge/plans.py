@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from moeforge.errors import Finding
 from moeforge.sources import Source
@@ -53,15 +53,101 @@ class Fill:
     value: float
 
 
-Expr = Read | Merge | Concat | Fill
+@dataclass(frozen=True)
+class Same:
+    """The first of `inputs` as it is; all must be equal, byte for byte. For integer buffers."""
+
+    inputs: tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A matrix with a low-rank adapter applied: W + scale·B·A, all in float32.
+
+    Source: Hu et al., "LoRA", arXiv 2106.09685; with `magnitude`, Liu et al., "DoRA",
+    arXiv 2402.09353: the rows of the result are rescaled to the lengths in `magnitude`.
+
+    Attributes:
+        weight: W, [out, in]; with `transposed` [in, out].
+        a: A, [rank, in].
+        b: B, [out, rank].
+        scale: factor on the product, alpha/rank or alpha/√rank.
+        transposed: W is stored the other way round, so that (B·A)ᵀ is added: GPT-2's Conv1D
+            (`fan_in_fan_out`), and embeddings [vocabulary, hidden] with A [rank, vocabulary].
+        magnitude: DoRA's lengths, one for each output; None for plain LoRA.
+    """
+
+    weight: Expr
+    a: Read
+    b: Read
+    scale: float
+    transposed: bool = False
+    magnitude: Read | None = None
+
+
+@dataclass(frozen=True)
+class Dequantize:
+    """Float8 codes times their scales, in float32.
+
+    Attributes:
+        codes: float8 matrix [rows, columns].
+        scale: one factor for each block of the matrix: its shape is that of `codes` divided by
+            the block's, rounded up; one element for the whole matrix.
+    """
+
+    codes: Read
+    scale: Read
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """Where each row of a gathered matrix comes from; compared by identity.
+
+    Attributes:
+        source: for each row, index of the input it is taken from; ZERO for a row of zeros, MEAN
+            for the mean of several rows. An integer array [rows].
+        row: for each row, its number in that input; for MEAN rows the index into `means`. An
+            integer array [rows].
+        means: (input, row) pairs whose mean a MEAN row is.
+        padding: rows after these, each the mean of all rows before.
+    """
+
+    source: Any
+    row: Any
+    means: tuple[tuple[tuple[int, int], ...], ...] = ()
+    padding: int = 0
+
+    ZERO: ClassVar[int] = -1
+    MEAN: ClassVar[int] = -2
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Rows of `inputs` put together anew: embeddings and heads of another vocabulary.
+
+    Attributes:
+        inputs: tensors [rows, …] that agree in everything but the number of rows.
+        table: where each row comes from.
+    """
+
+    inputs: tuple[Expr, ...]
+    table: RowTable
+
+
+Expr = Read | Merge | Concat | Fill | Same | Lora | Dequantize | Gather
 
 
 def inputs(expr: Expr) -> tuple[Expr, ...]:
     """Return the expressions that `expr` is made of."""
-    if isinstance(expr, Merge):
+    if isinstance(expr, (Merge, Same, Gather)):
         return expr.inputs
     if isinstance(expr, Concat):
         return tuple(piece for piece, _ in expr.pieces)
+    if isinstance(expr, Lora):
+        adapter = (expr.a, expr.b)
+        return (expr.weight, *adapter, *((expr.magnitude,) if expr.magnitude else ()))
+    if isinstance(expr, Dequantize):
+        return (expr.codes, expr.scale)
     return ()
 
 
@@ -176,6 +262,15 @@ class Plan:
             return False
         return self.sources[expr.source].specs()[expr.name].dtype == dtype
 
+    def shape(self, expr: Expr) -> tuple[int, ...]:
+        """Return the shape of `expr`, which is neither a `Concat` nor a `Fill`."""
+        if isinstance(expr, Read):
+            return self.sources[expr.source].specs()[expr.name].shape
+        shape = self.shape(inputs(expr)[0])
+        if isinstance(expr, Gather):
+            return (len(expr.table.source) + expr.table.padding, *shape[1:])
+        return shape
+
     def working_dtype(self, expr: Expr) -> DType:
         """Return the dtype of arithmetic on `expr`: float64 if any input is, else float32."""
         reads = [part for part in walk(expr) if isinstance(part, Read) and part.source != ROUTERS]
@@ -198,6 +293,16 @@ def dump(expr: Expr) -> Any:
         return {"fill": expr.value}
     if isinstance(expr, Concat):
         return {"concat": [dump(piece) for piece, _ in expr.pieces]}
+    if isinstance(expr, Same):
+        return {"same": [dump(i) for i in expr.inputs]}
+    if isinstance(expr, Gather):
+        rows = len(expr.table.source) + expr.table.padding
+        return {"gather": [dump(i) for i in expr.inputs], "rows": rows}
+    if isinstance(expr, Lora):
+        lora = {"lora": [dump(i) for i in inputs(expr)], "scale": expr.scale}
+        return {**lora, "transposed": expr.transposed, "dora": expr.magnitude is not None}
+    if isinstance(expr, Dequantize):
+        return {"dequantize": [dump(expr.codes), dump(expr.scale)]}
     merge: dict[str, Any] = {"merge": expr.method, "inputs": [dump(i) for i in expr.inputs]}
     merge.update(dict(expr.params))
     return merge
