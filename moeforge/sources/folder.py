@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from moeforge.errors import Finding, SourceError
 from moeforge.sources import FileSpan
+from moeforge.sources.files import TensorFiles
 from moeforge.sources.header import Entry, read_header
 from moeforge.tensors import TensorSpec
 
@@ -92,8 +91,6 @@ class FolderSource:
     def __init__(self, key: str, folder: Path) -> None:
         self.key = key
         self.folder: Path = folder
-        self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
         if folder.is_file():
             what = f"{key} is a file, not a model folder"
             raise SourceError(Finding(what, "Give the folder that holds config.json."))
@@ -121,22 +118,16 @@ class FolderSource:
         return entries
 
     @cached_property
-    def _specs(self) -> dict[str, TensorSpec]:
-        return {name: spec for name, (spec, _) in self._entries.items()}
+    def _files(self) -> TensorFiles:
+        return TensorFiles(self._entries)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Return dtype and shape of every tensor, from headers only."""
-        return self._specs
+        return self._files.specs()
 
     def locate(self, name: str) -> FileSpan | None:
         """Return where the bytes of tensor `name` lie."""
-        return self._entries[name][1]
-
-    def _descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-            return self._descriptors[path]
+        return self._files.locate(name)
 
     def read(self, name: str, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of tensor `name` from byte `start` on.
@@ -144,15 +135,4 @@ class FolderSource:
         Raises:
             OSError: the file cannot be read or has become shorter.
         """
-        span = self._entries[name][1]
-        descriptor = self._descriptor(span.path)
-        done = 0
-        while done < len(out):
-            count = os.preadv(descriptor, [out[done:]], span.offset + start + done)
-            if not count:
-                raise OSError(f"{span.path} ended early while reading {name}")
-            done += count
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
+        self._files.read(name, start, out)
