@@ -86,19 +86,22 @@ def gguf(folder):
 
 
 def pickled(folder):
-    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    (folder / WEIGHTS).rename(folder / "pytorch_model.pt")
 
 
 UNUSABLE = {
-    "an adapter": (adapter, ["is a LoRA adapter, not a model", "Merge the adapter"]),
-    "GGUF": (gguf, ["GGUF", "original safetensors"]),
-    "pickled": (pickled, ["no model.safetensors", "pytorch_model.bin", "save_pretrained"]),
+    "an adapter": (adapter, ["is an adapter, not a model", 'Write "BASE+']),
+    "GGUF": (gguf, ["GGUF", "original checkpoint"]),
+    "pickled": (
+        pickled,
+        ["none of model.safetensors", "It has pytorch_model.pt", "save_pretrained"],
+    ),
     "quantised": (
         lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}),
         ["quantised (gptq)", "16-bit original"],
     ),
     "empty": (only_files, ["no config.json"]),
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), ["no model.safetensors"]),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), ["none of model.safetensors"]),
     "config no JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
         ["config.json cannot be read"],

@@ -9,8 +9,9 @@ from functools import cached_property
 
 from moeforge.configs import Config, n_layers
 from moeforge.errors import Finding
-from moeforge.plans import PlannedTensor, Read
-from moeforge.sources import Source
+from moeforge.plans import Dequantize, PlannedTensor, Read
+from moeforge.sources import Source, quantized
+from moeforge.tensors import TensorSpec
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -50,6 +51,7 @@ class Model:
         donor: the source whose tokenizer it has.
         sources: every source that its expressions read.
         left_out: tensors of its checkpoint that knowingly have no place, with the reason.
+        notes: what is worth knowing about how it is read.
     """
 
     label: str
@@ -58,6 +60,7 @@ class Model:
     donor: Source
     sources: Mapping[str, Source]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[Finding, ...] = ()
 
     @property
     def tied(self) -> bool:
@@ -83,20 +86,38 @@ def from_source(source: Source) -> Model:
     """Return the model that checkpoint `source` is.
 
     Rotary tables of old exports and the copy that a tied model carries of its embeddings are left
-    out: transformers ignores them too.
+    out: transformers ignores them too. Float8 codes become the numbers that they stand for, in
+    the dtype that the config says the model computes in.
+
+    Raises:
+        SourceError: it is quantised in a way that cannot be undone.
     """
     tensors: dict[str, PlannedTensor] = {}
     left_out: dict[str, str] = {}
-    specs = source.specs()
-    tied = source.config.get("tie_word_embeddings") is True and EMBEDDINGS in specs
+    specs, config = source.specs(), source.config
+    quantized.refuse_packed(source.key, specs)
+    scales = quantized.find_scales(source.key, specs, config)
+    plain, used = quantized.plain_dtype(config), set(scales.values())
+    tied = config.get("tie_word_embeddings") is True and EMBEDDINGS in specs
     for name in sorted(specs, key=natural):
         if _RECOMPUTED.search(name):
             left_out[name] = "recomputed by the model when it loads"
         elif name == HEAD and tied:
             left_out[name] = TIED
-        else:
+        elif scales and quantized.is_activation_scale(name):
+            left_out[name] = quantized.ACTIVATION_SCALE
+        elif name in scales:
+            codes, scale = Read(source.key, name), Read(source.key, scales[name])
+            spec = TensorSpec(plain, specs[name].shape)
+            tensors[name] = PlannedTensor(name, spec, Dequantize(codes, scale))
+        elif name not in used:
             tensors[name] = PlannedTensor(name, specs[name], Read(source.key, name))
-    return Model(source.key, source.config, tensors, source, {source.key: source}, left_out)
+    notes: tuple[Finding, ...] = ()
+    if any(config.get(key) for key in quantized.KEYS) or scales:
+        config = {key: value for key, value in config.items() if key not in quantized.KEYS}
+        what = f"{source.key}: {len(scales)} float8 tensors are multiplied by their scales"
+        notes = (Finding(f"{what} and read as {plain}; the output is not quantised"),)
+    return Model(source.key, config, tensors, source, {source.key: source}, left_out, notes)
 
 
 def natural(name: str) -> tuple[int, list[tuple[int, int | str]]]:

@@ -1,21 +1,30 @@
-"""Owns local folders of safetensors files, single or sharded, read by header."""
+"""Owns local checkpoint folders: which weights files count, and what is refused as unusable."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeforge.errors import Finding, SourceError
-from moeforge.sources import FileSpan
+from moeforge.sources import FileSpan, pickled
 from moeforge.sources.files import TensorFiles
 from moeforge.sources.header import Entry, read_header
+from moeforge.sources.quantized import refuse_quantized
 from moeforge.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+WEIGHTS = (SINGLE, INDEX, pickled.SINGLE, pickled.INDEX)
+"""Files that tell which weights there are, in the order in which they are preferred."""
+
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,35 +59,54 @@ def read_index(key: str, path: Path) -> dict[str, str]:
     return weight_map
 
 
-def refuse_unusable(key: str, files: set[str], config: Mapping[str, Any] | None) -> None:
-    """Refuse what is no dense safetensors checkpoint, by its file names and config.
+def original(folder: Path) -> str:
+    """Return the model that the card in `folder` names as the one it was made from, or ""."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    named = re.search(r"^base_model:\s*(?:\n\s*)?(?:-\s*)?([\w./-]+)\s*$", text, re.MULTILINE)
+    return named[1] if named else ""
+
+
+def weights_file(files: Container[str]) -> str | None:
+    """Return the file that tells which weights there are: of several the first of WEIGHTS."""
+    return next((name for name in WEIGHTS if name in files), None)
+
+
+def refuse_unusable(
+    key: str, files: set[str], config: Mapping[str, Any] | None, folder: Path
+) -> None:
+    """Refuse what is no checkpoint that can be read, by its file names and config.
+
+    Args:
+        key: name of the model.
+        files: names of all its files.
+        config: its config.json; None where there is none.
+        folder: where its small files lie.
 
     Raises:
         SourceError: with what it is instead, and the way out.
     """
-    if config is None:
+    if weights_file(files) is None:
         if "adapter_config.json" in files:
-            what = f"{key} is a LoRA adapter, not a model"
-            raise SourceError(Finding(what, "Merge the adapter into its base model first."))
+            settings = folder / "adapter_config.json"
+            base = read_json(settings).get("base_model_name_or_path") if settings.exists() else None
+            what = f"{key} is an adapter" + (f" for {base}" if base else "") + ", not a model"
+            raise SourceError(Finding(what, f'Write "{base or "BASE"}+{key}".'))
         if any(name.endswith(".gguf") for name in files):
             what = f"{key} holds GGUF files, which are quantised for llama.cpp"
-            raise SourceError(Finding(what, "Use the original safetensors checkpoint."))
+            named = f", which its card names: {original(folder)}" if original(folder) else ""
+            raise SourceError(Finding(what, f"Use the original checkpoint{named}."))
+    if config is None:
         what = f"{key} has no config.json, so it is not a model folder"
         raise SourceError(Finding(what, "Give the folder that holds config.json."))
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = (
-            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
-        )
-        what = f"{key} is quantised ({method}); its numbers cannot be merged"
-        raise SourceError(Finding(what, "Use the 16-bit original."))
-    if SINGLE not in files and INDEX not in files:
-        other = next((name for name in sorted(files) if name.endswith((".bin", ".pt"))), None)
-        what = f"{key} has no {SINGLE} and no {INDEX}"
+    refuse_quantized(key, config, original(folder))
+    if weights_file(files) is None:
+        what = f"{key} has none of {', '.join(WEIGHTS)}"
+        other = next((name for name in sorted(files) if name.endswith(_OTHER_WEIGHTS)), None)
         if other:
             fix = f"It has {other}: load it in transformers and save_pretrained() it once."
             raise SourceError(Finding(what, fix))
-        raise SourceError(Finding(what, "Give a folder with safetensors weights."))
+        raise SourceError(Finding(what, "Give a folder with weights."))
 
 
 class FolderSource:
@@ -96,38 +124,46 @@ class FolderSource:
             raise SourceError(Finding(what, "Give the folder that holds config.json."))
         files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
         config = read_json(folder / "config.json") if "config.json" in files else None
-        refuse_unusable(key, files, config)
+        refuse_unusable(key, files, config, folder)
         self.config: dict[str, Any] = config or {}
+        self._weights = weights_file(files) or ""
+
+    def _read_file(self, file: str) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+        if self._weights in (pickled.SINGLE, pickled.INDEX):
+            return pickled.read_pickle(self.folder / file)
+        return read_header(self.folder / file), {}
 
     @cached_property
-    def _entries(self) -> dict[str, Entry]:
-        if (self.folder / SINGLE).exists():
-            return read_header(self.folder / SINGLE)
-        weight_map = read_index(self.key, self.folder / INDEX)
+    def _contents(self) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+        """Every tensor, and those among them that no span of a file holds as they are."""
+        if self._weights in (SINGLE, pickled.SINGLE):
+            return self._read_file(self._weights)
+        weight_map = read_index(self.key, self.folder / self._weights)
         entries: dict[str, Entry] = {}
+        strided: dict[str, Tensor] = {}
         for file in sorted(set(weight_map.values())):
-            found = read_header(self.folder / file)
+            found, odd = self._read_file(file)
             # Where two files have a tensor of one name, the index says which one counts.
-            entries.update(
-                {name: e for name, e in found.items() if weight_map.get(name, file) == file}
-            )
+            counts = {name for name in found if weight_map.get(name, file) == file}
+            entries.update({name: found[name] for name in counts})
+            strided.update({name: odd[name] for name in counts & odd.keys()})
         lost = sorted(set(weight_map) - set(entries))
         if lost:
             what = f"{self.key}: the index lists {len(lost)} tensors that no file has"
             raise SourceError(Finding(f"{what}, first {lost[0]}", "Download the model again."))
-        return entries
+        return entries, strided
 
     @cached_property
     def _files(self) -> TensorFiles:
-        return TensorFiles(self._entries)
+        return TensorFiles(self._contents[0])
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Return dtype and shape of every tensor, from headers only."""
         return self._files.specs()
 
     def locate(self, name: str) -> FileSpan | None:
-        """Return where the bytes of tensor `name` lie."""
-        return self._files.locate(name)
+        """Return where the bytes of tensor `name` lie; None where they lie in another order."""
+        return None if name in self._contents[1] else self._files.locate(name)
 
     def read(self, name: str, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of tensor `name` from byte `start` on.
@@ -135,4 +171,7 @@ class FolderSource:
         Raises:
             OSError: the file cannot be read or has become shorter.
         """
-        self._files.read(name, start, out)
+        if name in self._contents[1]:
+            pickled.read_strided(self._contents[1][name], start, out)
+        else:
+            self._files.read(name, start, out)

@@ -14,14 +14,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from moeforge.errors import Finding, HubError, SourceError
-from moeforge.sources import FileSpan
+from moeforge.sources import FileSpan, pickled
 from moeforge.sources.folder import (
-    INDEX,
     SINGLE,
+    WEIGHTS,
     FolderSource,
     read_index,
     read_json,
     refuse_unusable,
+    weights_file,
 )
 from moeforge.sources.header import MAX_HEADER, Entry, parse_header
 from moeforge.tensors import TensorSpec
@@ -29,7 +30,10 @@ from moeforge.tensors import TensorSpec
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
+_SMALL = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+)
 _CONNECTIONS = 8
 """Headers that are fetched at the same time."""
 
@@ -137,8 +141,9 @@ class HubSource:
         config_file = self.folder / "config.json"
         config = read_json(config_file) if config_file.exists() else None
         self._sizes = self._cached_sizes() if self._offline else self._listed_sizes()
-        refuse_unusable(self.key, set(self._sizes), config)
+        refuse_unusable(self.key, set(self._sizes), config, self.folder)
         self.config: dict[str, Any] = config or {}
+        self._weights = weights_file(self._sizes) or ""
 
     def _fetch_files(self, patterns: Iterable[str], revision: str | None) -> Path:
         """Put matching files beside config.json into the cache; return the snapshot's folder."""
@@ -178,23 +183,23 @@ class HubSource:
         """
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         sizes = {file.name: file.stat().st_size for file in found if file.is_file()}
-        return sizes if INDEX in sizes else {SINGLE: 0, **sizes}
+        return sizes if weights_file(sizes) else {SINGLE: 0, **sizes}
 
     @cached_property
     def _index(self) -> dict[str, str]:
         """Weights file of each tensor; empty where there is a single file."""
-        if SINGLE in self._sizes:
+        if self._weights in (SINGLE, pickled.SINGLE):
             return {}
-        weight_map = read_index(self.key, self.folder / INDEX)
+        weight_map = read_index(self.key, self.folder / self._weights)
         absent = sorted(set(weight_map.values()) - set(self._sizes))
         if absent and not self._offline:
-            what = f"{self.key}: {INDEX} names {absent[0]}, which the repository does not have"
+            what = f"{self.key}: {self._weights} names {absent[0]}, which the repository lacks"
             raise SourceError(Finding(what, "Use another revision, or tell the author."))
         return weight_map
 
     @property
     def _weight_files(self) -> list[str]:
-        return sorted(set(self._index.values())) or [SINGLE]
+        return sorted(set(self._index.values())) or [self._weights]
 
     @property
     def _missing(self) -> list[str]:
@@ -270,9 +275,11 @@ class HubSource:
     def specs(self) -> Mapping[str, TensorSpec]:
         """Return dtype and shape of every tensor, from headers only.
 
-        Headers that are not in the local cache are fetched by range requests, without any weights.
+        Headers that are not in the local cache are fetched by range requests, without any weights;
+        PyTorch's own files have no header, and are downloaded.
         """
-        return self._remote_specs if self._missing and not self._offline else self._local.specs()
+        remote = self._missing and not self._offline and self._weights in WEIGHTS[:2]
+        return self._remote_specs if remote else self._local.specs()
 
     def locate(self, name: str) -> FileSpan | None:
         """Return where the bytes of tensor `name` lie; downloads the weights on first use."""
