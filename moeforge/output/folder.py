@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import fcntl
+import filecmp
 import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moeforge.errors import BuildError, Finding
-from moeforge.sources.folder import read_json
+from moeforge.sources.folder import module_folders, read_json
 
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "vocab.json",
-    "vocab.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+_COMPANIONS = {
+    "every model": (
+        *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+        *("vocab.json", "vocab.txt", "*.model", "*.tiktoken"),
+        *("chat_template*", "additional_chat_templates", "generation_config.json"),
+        *("*preprocessor_config.json", "processor_config.json"),
+    ),
+    "models with code of their own": ("*.py",),
+    "sentence-transformers models": ("*",),
+}
+"""Files and folders of the donor that belong to the output, byte for byte, by kind of model."""
+
+_NEVER = (
+    *("config.json", "README.md", ".*"),  # written anew, or about the repository
+    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack"),
+    *("*.onnx", "*.onnx_data", "*.xml", "*.gguf", "*.ot", "*.tflite", "*.mlmodel"),
+    *("trainer_state.json", "train_results.json", "eval_results.json", "all_results.json"),
+    *("events.out.tfevents*", "*.log", "adapter_config.json"),  # leftovers of training
 )
-"""Files of the donor that belong to every output, byte for byte."""
+"""Files that never do."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
@@ -53,13 +59,37 @@ def has_chat_template(folder: Path | None) -> bool:
     return config.exists() and "chat_template" in read_json(config)
 
 
+def _has_code(donor: Path) -> bool:
+    """Say whether a config in `donor` names Python files that transformers may be told to run."""
+    configs = (donor / name for name in ("config.json", "tokenizer_config.json"))
+    return any("auto_map" in read_json(config) for config in configs if config.exists())
+
+
+def _belongs(item: Path, modules: Sequence[str], *, code: bool) -> bool:
+    """Say whether `item` of a donor with module folders `modules` belongs to the output."""
+    kinds = ["every model"]
+    kinds += ["models with code of their own"] if code else []
+    # Of folders only those that are modules: the rest are checkpoints and other formats.
+    kinds += ["sentence-transformers models"] if modules and item.is_file() else []
+    patterns = [pattern for kind in kinds for pattern in _COMPANIONS[kind]]
+    if item.name in modules:
+        return True
+    fits = any(fnmatch.fnmatch(item.name, pattern) for pattern in patterns)
+    return fits and not any(fnmatch.fnmatch(item.name, pattern) for pattern in _NEVER)
+
+
 def copy_companions(donor: Path | None, folder: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation config of `donor`; return their names."""
+    """Copy what belongs to the output beside weights and config; return the names.
+
+    Args:
+        donor: folder of the model that they come from; None for none.
+        folder: the output folder.
+    """
     if donor is None:
         return []
-    copied = []
+    modules, code, copied = module_folders(donor), _has_code(donor), []
     for item in sorted(donor.iterdir()):
-        if not any(fnmatch.fnmatch(item.name, pattern) for pattern in _COMPANIONS):
+        if not _belongs(item, modules, code=code):
             continue
         if item.is_dir():
             shutil.copytree(item, folder / item.name)
@@ -67,6 +97,39 @@ def copy_companions(donor: Path | None, folder: Path) -> list[str]:
             shutil.copyfile(item, folder / item.name)
         copied.append(item.name)
     return copied
+
+
+def _module_weights(folder: Path) -> dict[str, Path]:
+    """Return the weights files in the module folders of `folder`, by their path in it."""
+    return {
+        str(file.relative_to(folder)): file
+        for name in module_folders(folder)
+        for file in (folder / name).rglob("*")
+        if file.suffix in (".safetensors", ".bin", ".pt")
+    }
+
+
+def differing_modules(donor: Path | None, others: Iterable[Path | None]) -> list[Finding]:
+    """Return what stands against taking the weights of sentence-transformers modules from `donor`.
+
+    Modules with weights of their own (`2_Dense`) lie in folders of their own and are copied, not
+    merged: that is right only where all models have the same. A model without modules.json is an
+    encoder and nothing else, and has no say.
+    """
+    if donor is None:
+        return []
+    found, mine = [], _module_weights(donor)
+    for other in others:
+        if other is None or not module_folders(other):
+            continue
+        theirs = _module_weights(other)
+        for name in sorted(mine.keys() | theirs.keys()):
+            both = name in mine and name in theirs
+            if not both or not filecmp.cmp(mine[name], theirs[name], shallow=False):
+                what = f"{name} of {other} is not that of {donor}, and it cannot be merged"
+                fix = "Use models that share it, or merge the encoders alone: remove modules.json."
+                found.append(Finding(what, fix))
+    return found
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -59,6 +59,26 @@ def read_index(key: str, path: Path) -> dict[str, str]:
     return weight_map
 
 
+def module_folders(folder: Path) -> list[str]:
+    """Return the folders that a sentence-transformers model names as its modules, if it is one.
+
+    Raises:
+        SourceError: modules.json is not a list of modules, or one lies outside the folder.
+    """
+    path = folder / "modules.json"
+    if not path.exists():
+        return []
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        names = [str(module["path"]) for module in modules]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        raise SourceError(Finding(f"{path} is not a list of modules with paths")) from None
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise SourceError(Finding(f"{path} names {name!r}, which is outside the folder"))
+    return list(dict.fromkeys(name.partition("/")[0] for name in names if name))
+
+
 def original(folder: Path) -> str:
     """Return the model that the card in `folder` names as the one it was made from, or ""."""
     card = folder / "README.md"

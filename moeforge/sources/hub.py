@@ -19,6 +19,7 @@ from moeforge.sources.folder import (
     SINGLE,
     WEIGHTS,
     FolderSource,
+    module_folders,
     read_index,
     read_json,
     refuse_unusable,
@@ -142,11 +143,21 @@ class HubSource:
         config = read_json(config_file) if config_file.exists() else None
         self._sizes = self._cached_sizes() if self._offline else self._listed_sizes()
         refuse_unusable(self.key, set(self._sizes), config, self.folder)
+        if (modules := module_folders(self.folder)) and not self._offline:
+            self._fetch_files([f"{glob.escape(name)}/*" for name in modules], self.commit, ())
         self.config: dict[str, Any] = config or {}
         self._weights = weights_file(self._sizes) or ""
 
-    def _fetch_files(self, patterns: Iterable[str], revision: str | None) -> Path:
-        """Put matching files beside config.json into the cache; return the snapshot's folder."""
+    def _fetch_files(
+        self, patterns: Iterable[str], revision: str | None, ignore: Iterable[str] = ("*/*",)
+    ) -> Path:
+        """Put matching files into the cache; return the snapshot's folder.
+
+        Args:
+            patterns: relative to the folder of config.json; a star also matches slashes.
+            revision: branch, tag or commit.
+            ignore: what not to fetch; unless told otherwise, what lies in folders below.
+        """
         from huggingface_hub import snapshot_download
 
         prefix = glob.escape(self._prefix)
@@ -155,7 +166,7 @@ class HubSource:
                 self.repo_id,
                 revision=revision,
                 allow_patterns=[prefix + pattern for pattern in patterns],
-                ignore_patterns=[prefix + "*/*"],  # a star also matches slashes
+                ignore_patterns=[prefix + pattern for pattern in ignore],
                 local_files_only=self._offline,
             )
         except Exception as error:  # huggingface_hub raises its own, its HTTP library's and others
