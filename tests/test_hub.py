@@ -6,6 +6,7 @@ process, which calls the functions below for the tests.
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -318,6 +319,34 @@ def test_offline_without_the_files(hub: HubServer, client: Client, offline: Clie
         plan, "me/sharded"
     )
     assert not hub.requests
+
+
+def pickle_of(names: str) -> bytes:
+    """Return a file of PyTorch's own with the tensors of `pack(names)`."""
+    import torch
+
+    file, packed = io.BytesIO(), bytearray(pack(names))
+    data = torch.frombuffer(packed, dtype=torch.bfloat16, offset=header_bytes(packed))
+    torch.save({name: data.view(-1, 64, 320)[i].clone() for i, name in enumerate(names)}, file)
+    return file.getvalue()
+
+
+def test_pickled_weights_are_downloaded_to_be_planned(hub: HubServer, client: Client) -> None:
+    weights = pickle_of("abcd")
+    hub.add("me/old", {**SMALL, "pytorch_model.bin": weights})
+    assert client.ask(plan, "me/old")["specs"] == SPECS
+    assert hub.sent(WEIGHTS) == len(weights)
+    wanted = {name: tensor(pack("abcd"), i).hex() for i, name in enumerate("abcd")}
+    assert client.ask(fetch, "me/old", "abcd") == wanted
+    assert hub.sent(WEIGHTS) == len(weights)
+
+
+def test_modules_and_code_come_with_the_small_files(hub: HubServer, client: Client) -> None:
+    modules = b'[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "3_Normalize"}]'
+    more = {"1_Pooling/config.json": b"{}", "2_Dense/model.safetensors": pack("w"), "own.py": b"x"}
+    hub.add("me/encoder", {**SINGLE, **CLUTTER, **more, "modules.json": modules})
+    files = client.ask(plan, "me/encoder")["files"]
+    assert files == sorted([*SMALL, "modules.json", "1_Pooling", "2_Dense", "own.py"])
 
 
 def test_a_server_without_ranges_is_hung_up_on(hub: HubServer, client: Client) -> None:

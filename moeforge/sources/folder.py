@@ -140,6 +140,9 @@ class FolderSource:
         self.key = key
         self.folder: Path = folder
         if folder.is_file():
+            if folder.suffix == ".gguf":
+                what = f"{key} is a GGUF file, which is quantised for llama.cpp"
+                raise SourceError(Finding(what, "Use the original checkpoint."))
             what = f"{key} is a file, not a model folder"
             raise SourceError(Finding(what, "Give the folder that holds config.json."))
         files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()

@@ -96,7 +96,7 @@ def refuse_packed(key: str, specs: Mapping[str, TensorSpec]) -> None:
         if "int" not in spec.dtype.name:
             continue
         method = next((method for pattern, method in _PACKED if pattern.search(name)), "")
-        if not method and f"{name}_scale" in specs:
+        if not method and any(name + end in specs for end in _SCALES):
             method = "integers with scales"
         if method:
             what = f"{key} is quantised: it has {name} ({spec}; {method})"
@@ -183,7 +183,7 @@ def find_scales(
 
 def _misfit(codes: TensorSpec, scale: TensorSpec, stated: list[int] | None) -> str:
     """Return why `scale` cannot be that of `codes`; empty where it can."""
-    if len(codes.shape) != 2 or len(scale.shape) > 2:
+    if len(codes.shape) != 2 or len(scale.shape) > 2 or "float" not in scale.dtype.name:
         return "is not a scale for blocks"
     for i, (total, count) in enumerate(zip(codes.shape, scale_shape(scale.shape), strict=True)):
         block = block_length(total, count)
