@@ -119,8 +119,8 @@ def sentence_model(folder, seed=0, dense_seed=0):
     """A tiny sentence-transformers model with a Dense module, as that library saves it."""
     encoder = models.Transformer(str(bert(folder.with_name(folder.name + "-bert"), seed)))
     torch.manual_seed(dense_seed)
-    pooling = models.Pooling(encoder.get_word_embedding_dimension())
-    model = SentenceTransformer(modules=[encoder, pooling, models.Dense(32, 16)], device="cpu")
+    parts = [encoder, models.Pooling(32), models.Dense(32, 16)]
+    model = SentenceTransformer(modules=parts, device="cpu")
     model.save(str(folder))
     return folder
 
