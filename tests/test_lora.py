@@ -2,20 +2,25 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
 import tiny
 import torch
+from hub_server import HubServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from moeforge import engine
 from moeforge.engine.lora import adapted_rows
 from moeforge.errors import SourceError
+from moeforge.output.layout import lay_out
 from moeforge.planners.adapters import apply_adapter
 from moeforge.planners.model import HEAD, Findings, from_source
-from moeforge.plans import Lora, Merge, Read, Same, walk
+from moeforge.plans import Lora, Merge, Plan, Read, walk
 from moeforge.sources import open_source
 from moeforge.sources.adapter import open_adapter
 
@@ -23,6 +28,7 @@ EMBEDDINGS = "model.embed_tokens.weight"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Q = "model.layers.0.self_attn.q_proj"
 A, B = f"base_model.model.{Q}.lora_A.weight", f"base_model.model.{Q}.lora_B.weight"
+P = "base_model.model."
 SMALL = {"num_hidden_layers": 2}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 
@@ -84,10 +90,6 @@ def evaluate(expr, sources):
         sources[expr.source].read(expr.name, 0, memoryview(raw))
         dtype = getattr(torch, spec.dtype.name)
         return torch.frombuffer(raw, dtype=dtype).reshape(spec.shape).float()
-    if isinstance(expr, Same):
-        first, *others = (evaluate(part, sources) for part in expr.inputs)
-        assert all(torch.equal(first, other) for other in others)
-        return first
     if isinstance(expr, Merge):
         weights = dict(expr.params)["weight"]
         parts = zip(weights, expr.inputs, strict=True)
@@ -186,6 +188,35 @@ def test_bfloat16_is_computed_in_float32(models, tmp_path):
     assert {t.spec.dtype.name for t in ours.tensors.values()} == {"bfloat16"}
 
 
+WRITTEN = {
+    "tied, DoRA": ("llama", {"target_modules": [*ALL, "lm_head"], "use_dora": True}),
+    "tied, twice": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "biases": ("qwen2", {"lora_bias": True, "bias": "all", "modules_to_save": ["norm"]}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_the_engine_writes_what_peft_makes(kind, dtype, models, tmp_path):
+    model_type, config = WRITTEN[kind]
+    base = models(model_type, seed=2, dtype=dtype, tie_word_embeddings=True, **SMALL)
+    adapter = train(base, tmp_path / "adapter", **config)
+    model = planned(base, adapter)
+    tensors = tuple(model.tensors.values())
+    plan = Plan("merge", tensors, model.config, model.sources, model.donor)
+    engine.run(plan, lay_out(tensors), tmp_path, engine.Settings(threads=2))
+    written = load_file(tmp_path / "model.safetensors")
+    expected = merged(base, adapter).state_dict()
+    assert set(written) == set(model.tensors)
+    for name, tensor in written.items():
+        assert tensor.dtype == dtype
+        # half a unit in the last place, and what float32 leaves open
+        bound = (
+            expected[name].abs() * torch.finfo(dtype).eps / 2 + 1e-6 * expected[name].abs().max()
+        )
+        assert ((tensor.float() - expected[name]).abs() <= bound).all(), name
+
+
 def test_float64_is_computed_in_float64():
     generator = torch.Generator().manual_seed(0)
     w, a, b = (
@@ -195,6 +226,23 @@ def test_float64_is_computed_in_float64():
     node = Lora(Read("m", "w"), Read("l", "a"), Read("l", "b"), 0.3)
     rows = adapted_rows(node, w.clone(), 4, a, b, None)
     assert torch.allclose(rows, w + 0.3 * (b @ a)[4:], rtol=1e-14, atol=0)
+
+
+NEOX = {
+    "adapted": {"target_modules": ["query_key_value", "embed_in", "lm_head"]},
+    "saved": {"target_modules": ["dense"], "modules_to_save": ["embed_in", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", NEOX)
+@pytest.mark.parametrize("rows", [None, 310])
+def test_a_head_that_its_file_calls_otherwise(kind, rows, models, tmp_path):
+    base = models("gpt_neox", seed=1, **SMALL)
+    adapter = train(base, tmp_path / "adapter", rows, **NEOX[kind])
+    ours, theirs = planned(base, adapter), merged(base, adapter, rows)
+    head = evaluate(ours.tensors["embed_out.weight"].expr, ours.sources)
+    assert torch.allclose(head, theirs.lm_head.weight, atol=1e-6)
+    assert ours.config["vocab_size"] == (rows or tiny.VOCABULARY)
 
 
 # --- tied heads ----------------------------------------------------------------------------------
@@ -222,6 +270,15 @@ def test_tied_heads(kind, models, tmp_path):
     assert (HEAD not in ours.tensors) == stays
 
 
+def test_two_matrices_for_a_tied_one_are_refused(models, tmp_path):
+    base = models("llama", seed=4, tie_word_embeddings=True, **SMALL)
+    adapter = train(base, tmp_path / "adapter", target_modules=["embed_tokens", "lm_head"])
+    edit_tensors(adapter, **{f"{P}lm_head.base_layer.weight": torch.ones(tiny.VOCABULARY, 64)})
+    said = refusal(base, adapter)
+    assert "embed_tokens.base_layer.weight differ" in said
+    assert f"but {base} ties them" in said
+
+
 def test_gpt2_is_untied(models, tmp_path):
     base = models("gpt2", seed=1, **GPT2)
     adapter = train(base, tmp_path / "a", target_modules=["c_attn"], modules_to_save=["lm_head"])
@@ -240,9 +297,11 @@ def test_gpt2_is_untied(models, tmp_path):
     [
         {},
         {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
         {"target_modules": ["embed_tokens", "lm_head"]},
     ],
-    ids=["resized", "saved", "adapted"],
+    ids=["resized", "saved", "embeddings saved", "head saved", "adapted"],
 )
 def test_a_resized_vocabulary(config, tied, rows, models, tmp_path):
     base = models("llama", seed=5, tie_word_embeddings=tied, **SMALL)
@@ -341,10 +400,12 @@ def fine(models, tmp_path):
     return base, train(base, tmp_path / "adapter")
 
 
-P = "base_model.model."
 UNUSED = {
     "another model's layer": {f"{P}model.layers.9.self_attn.q_proj.lora_A.weight": (4, 64)},
     "a classifier": {f"{P}score.weight": (2, 64)},
+    "a layer that is missing in part": {
+        f"{P}model.layers.0.self_attn.g_proj.lora_B.weight": (9, 4)
+    },
     "several adapters": {f"{P}{Q}.lora_A.other.weight": (4, 64)},
     "half a pair": {f"{P}model.layers.0.self_attn.k_proj.lora_A.weight": (4, 64)},
     "a bias of B where there is none": {f"{P}{Q}.lora_B.bias": (64,)},
@@ -397,6 +458,7 @@ SETTINGS = {
     "rank zero": ({"rank_pattern": {"q_proj": 0}}, "r is 0"),
     "alpha": ({"lora_alpha": "16"}, "lora_alpha is '16'"),
     "a list of patterns": ({"alpha_pattern": ["q"]}, "alpha_pattern is ['q']"),
+    "a flag in a pattern": ({"rank_pattern": {"(?i)q": 1}}, "rank_pattern has '(?i)q'"),
     "no pattern": ({"alpha_pattern": {"(": 1}}, "alpha_pattern has '(', which is no pattern"),
     "no lengths": ({"use_dora": True}, f"use_dora is True, but {Q} has no lora_magnitude_vector"),
 }
@@ -518,3 +580,58 @@ def test_two_adapters_one_after_the_other(models, tmp_path):
     assert not findings
     assert model.label == f"{base}+{one}+{two}"
     assert sum(isinstance(part, Lora) for part in walk(model.tensors[f"{Q}.weight"].expr)) == 2
+
+
+CLIENT = """
+import json, sys
+from pathlib import Path
+from moeforge.errors import MoeforgeError
+from moeforge.sources.adapter import open_adapter
+for name, revision, offline in json.loads(sys.argv[1]):
+    try:
+        found = open_adapter(name, revision, offline=offline)
+        files = sorted(file.name for file in found.folder.iterdir())
+        print(json.dumps([found.key, sorted(found.specs()), files]))
+    except MoeforgeError as error:
+        print(json.dumps([type(error).__name__, str(error), []]))
+"""
+
+
+def test_adapters_on_the_hub(fine, tmp_path):
+    files = {file.name: file.read_bytes() for file in fine[1].iterdir()}
+    config = {"adapter_config.json": files["adapter_config.json"]}
+    calls = {
+        "fetched": ("me/lora", None, False),
+        "cached": ("me/lora", None, True),
+        "pinned": ("me/lora", "v2", False),
+        "pickled": ("me/pickled", None, False),
+        "a model": ("me/model", None, False),
+        "no such": ("me/nothing", None, False),
+        "never fetched": ("me/other", None, True),
+    }
+    with HubServer() as hub:
+        hub.add("me/lora", {**files, "checkpoint-1/adapter_model.safetensors": b"old"})
+        hub.add("me/lora", {**files, "tokenizer.json": b"{}"}, branch="v2")
+        hub.add("me/pickled", {**config, "adapter_model.bin": b"pickle"})
+        hub.add("me/model", {"config.json": b"{}", "model.safetensors": b""})
+        command = [sys.executable, "-W", "ignore", "-c", CLIENT, json.dumps(list(calls.values()))]
+        env = hub.env(tmp_path / "home")
+        run = subprocess.run(
+            command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert not hub.asked("pickled.*[.]bin|model/.*model[.]safetensors|checkpoint-1")
+    lines = run.stdout.splitlines()
+    said = {kind: json.loads(line) for kind, line in zip(calls, lines, strict=True)}
+    names = sorted(load_file(fine[1] / "adapter_model.safetensors"))
+    assert said["fetched"][:2] == said["cached"][:2] == ["me/lora", names]
+    assert said["pinned"][:2] == ["me/lora@v2", names]
+    assert "tokenizer.json" in said["pinned"][2]
+    words = {
+        "pickled": ["SourceError", "me/pickled is pickled", "adapter_model.bin"],
+        "a model": ["SourceError", "me/model is a model, not a LoRA adapter"],
+        "no such": ["HubError", "adapter me/nothing: there is no such repository"],
+        "never fetched": ["HubError", "adapter me/other", "offline mode is on"],
+    }
+    for kind, expected in words.items():
+        for word in expected:
+            assert word in " ".join(said[kind][:2]), kind

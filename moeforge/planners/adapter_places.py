@@ -66,11 +66,9 @@ def find_rename(shapes: Mapping[str, Shape], model: Model) -> tuple[str, str]:
 def token_embedding(model: Model) -> str | None:
     """Return the name of the token embedding: the only input with a row for each token."""
     rows = text_config(model.config).get("vocab_size")
-    found = [
-        name
-        for name, tensor in model.tensors.items()
-        if is_input(name) and len(tensor.spec.shape) == 2 and tensor.spec.shape[0] == rows
-    ]
+    inputs = [name for name in model.tensors if is_input(name) and not is_head(name)]
+    shapes = {name: model.tensors[name].spec.shape for name in inputs}
+    found = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == rows]
     return found[0] if len(found) == 1 else None
 
 

@@ -23,6 +23,9 @@ _VARIANTS = (
 _MOVED_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
 """Initialisations that also changed the weights that the adapter was trained on."""
 
+_ENDING = r"(.*\.)?({})$"
+"""How a pattern is the end of a module's name. Source: peft.utils.other.get_pattern_key."""
+
 
 class Settings:
     """An adapter_config.json with peft's meanings.
@@ -45,12 +48,9 @@ class Settings:
         self.parameters = bool(config.get("target_parameters"))
 
     def _value(self, key: str, patterns: str, module: str) -> Any:
-        """Return `key` for `module`: of the first pattern that is it, or the end of it.
-
-        Source: peft.utils.other.get_pattern_key.
-        """
+        """Return `key` for `module`: of the first pattern that is its name or the end of it."""
         for pattern, value in (self._config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if re.match(_ENDING.format(pattern), module):
                 return value
         return self._config[key]
 
@@ -87,7 +87,7 @@ def problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             continue
         for pattern in known:
             try:
-                re.compile(pattern)
+                re.compile(_ENDING.format(pattern))
             except re.error as error:
                 yield f"{patterns} has {pattern!r}, which is no pattern: {error}", AGAIN
         for value in (config.get(key), *known.values()):

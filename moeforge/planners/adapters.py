@@ -23,7 +23,7 @@ from moeforge.planners.adapter_places import (
 )
 from moeforge.planners.adapter_settings import AGAIN, WITH_PEFT, Settings, problems
 from moeforge.planners.model import HEAD, Findings, Model, listing
-from moeforge.plans import Expr, Lora, Merge, PlannedTensor, Read, Same
+from moeforge.plans import Lora, Merge, PlannedTensor, Read
 from moeforge.sources import Source
 from moeforge.tensors import TensorSpec
 
@@ -31,8 +31,8 @@ _PREFIX = "base_model.model."
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_(A\.weight|B\.weight|B\.bias|embedding_[AB]|magnitude_vector))"
 )
+_COPY = re.compile(r"\.(modules_to_save|original_module)\.")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
 _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 _OTHER = "Use the model that the adapter was trained on."
 
@@ -41,15 +41,13 @@ def apply_adapter(model: Model, adapter: Source, findings: Findings, path: Path)
     """Return `model` with `adapter` applied, as peft's merge_and_unload() would leave it.
 
     Every tensor of the adapter is used, or named in a finding. Dtypes stay those of the model.
+    None where something was found wrong.
 
     Args:
         model: what it is applied to; may be an inline recipe.
         adapter: adapter_config.json as its config, adapter_model.safetensors as its tensors.
         findings: gets what stands against it.
         path: where in the recipe.
-
-    Returns:
-        The model; None where something was found wrong.
     """
     work = _Application(model, adapter, findings, path)
     before = len(findings)
@@ -70,6 +68,20 @@ def apply_adapter(model: Model, adapter: Source, findings: Findings, path: Path)
         sources={**model.sources, adapter.key: adapter},
         left_out={k: why for k, why in model.left_out.items() if k not in work.tensors},
     )
+
+
+def _equal(source: Source, one: str, other: str) -> bool:
+    """Say whether two tensors have the same bytes, dtype and shape."""
+    spec = source.specs()[one]
+    if source.specs()[other] != spec:
+        return False
+    for start in range(0, spec.nbytes, 2**20):
+        mine, theirs = (bytearray(min(2**20, spec.nbytes - start)) for _ in range(2))
+        source.read(one, start, memoryview(mine))
+        source.read(other, start, memoryview(theirs))
+        if mine != theirs:
+            return False
+    return True
 
 
 @dataclass
@@ -122,6 +134,9 @@ class _Application:
             bare = name.removeprefix(_PREFIX)
             part = _PART.fullmatch(bare)
             whole = bare.replace(".base_layer.", ".")
+            copied = _COPY.sub(".", name)
+            if copied != name and copied in self.specs:
+                continue  # beside a resized vocabulary, peft stores these once more
             if not spec.dtype.mergeable:
                 self._unuse(name, f"tensors of dtype {spec.dtype}", WITH_PEFT)
             elif part:
@@ -141,9 +156,8 @@ class _Application:
     def _no_place(self, name: str) -> None:
         if self.settings.parameters:
             self._unuse(name, "target_parameters (fused experts) are not supported", WITH_PEFT)
-            return
-        why = f"{self.model.label} has nothing of this name to adapt"
-        self._unuse(name, why, "Use the model that the adapter was trained on.")
+        else:
+            self._unuse(name, f"{self.model.label} has nothing of this name to adapt", _OTHER)
 
     def _place(self, name: str) -> str | None:
         """Return the model's name for tensor `name` of the adapter's model, if it has it."""
@@ -151,11 +165,13 @@ class _Application:
             return self.add + name.removeprefix(self.drop)
         if layer_stem(name) is not None:
             return None
-        ends = [n for n in self.tensors if n.split(".")[-2:] == name.split(".")[-2:]]
-        found = [n for n in ends if layer_stem(n) is None]
-        if len(found) == 1:
-            return found[0]
-        return self.tied if is_head(name) and name.endswith(".weight") else None
+        _, module, kind = f".{name}".rsplit(".", 2)
+        outside = [n for n in self.tensors if layer_stem(n) is None and n.endswith(f".{kind}")]
+        found = [n for n in outside if n.split(".")[-2] == module]
+        if not found and is_head(name):  # transformers calls some heads otherwise than their files
+            found = [n for n in outside if is_head(n)]
+            return found[0] if found else self.tied if kind == "weight" else None
+        return found[0] if len(found) == 1 else None
 
     def _untie(self) -> None:
         """Give the model a head of its own where peft does: for one of the two in modules_to_save.
@@ -189,10 +205,16 @@ class _Application:
             was = f"{target} of {self.model.label} is {list(planned.spec.shape)}"
             self.error(f"{tensor} is {list(shape)}, {was}", _OTHER)
             return
-        expr: Expr = Read(self.adapter.key, tensor)
-        if planned is not self.model.tensors.get(target) and target == self.tied:
-            expr = Same((planned.expr, expr))  # the tied matrix, saved under both its names
-        self.tensors[target] = PlannedTensor(target, TensorSpec(planned.spec.dtype, shape), expr)
+        twin = planned.expr
+        if isinstance(twin, Read) and twin.source == self.adapter.key:
+            # The tied matrix, saved under both its names. Should it have been two matrices, no
+            # header tells; the adapter is on this machine, so that looking is cheap.
+            if not _equal(self.adapter, twin.name, tensor):
+                what = f"{twin.name} and {tensor} differ, but {self.model.label} ties them"
+                self.error(what, _OTHER)
+            return
+        spec = TensorSpec(planned.spec.dtype, shape)
+        self.tensors[target] = PlannedTensor(target, spec, Read(self.adapter.key, tensor))
 
     def _adapt(self, module: str, parts: Mapping[str, str]) -> None:
         """Add a low-rank product to the weight of `module`."""
@@ -234,9 +256,8 @@ class _Application:
         name = parts.get("lora_magnitude_vector")
         if (name is not None) != self.settings.dora:
             has = "a" if name else "no"
-            self.error(
-                f"use_dora is {not name}, but {module} has {has} lora_magnitude_vector", AGAIN
-            )
+            what = f"use_dora is {self.settings.dora}, but {module} has {has} lora_magnitude_vector"
+            self.error(what, AGAIN)
         elif name and transposed:
             what = f"{name}: DoRA on an embedding, or on a matrix stored as [in, out], needs the "
             self.error(f"{what}lengths of columns, which are not supported", WITH_PEFT)
