@@ -159,6 +159,36 @@ def test_the_first_settings_of_an_added_token_hold_and_others_are_noted(checkpoi
     assert "b matches '<x>' in text in another way" in plan.said()
 
 
+def test_what_any_model_adds_is_an_added_token_of_a_union_but_base_stays(checkpoint, tmp_path):
+    folders = [
+        checkpoint("a", 3, words("<unk>", "<x>", "one")),
+        checkpoint("b", 3, words("<unk>", "one", added=[AddedToken("<x>", special=True)])),
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(Planned(folders, {}).write(tmp_path))
+    assert tokenizer("<x>one")["input_ids"] == [1, 2]
+    base = Planned(folders, {"source": "base", "tokens": {"<y>": {}}}).vocabulary.change.tokens
+    assert set(base.added) == {"<unk>", "<y>"}
+
+
+def test_unigram_tokenizers_get_added_tokens_only(checkpoint, tmp_path):
+    def unigram(*pieces, added=()):
+        raw = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+        tokenizer.add_tokens(list(added))
+        return tokenizer
+
+    folders = [
+        checkpoint("a", 3, unigram("<unk>", "x", "y")),
+        checkpoint("b", 4, unigram("<unk>", "x", "y", added=["<b>"]), seed=2),
+    ]
+    plan = Planned(folders, {})
+    same(plan.rows(), [[*plan.weights(0), plan.weights(1)[3]], plan.weights(1)])
+    tokenizer = AutoTokenizer.from_pretrained(plan.write(tmp_path))
+    assert tokenizer("x<b>y")["input_ids"] == [1, 3, 2]
+    folders[1] = checkpoint("c", 4, unigram("<unk>", "x", "y", "z"))
+    assert "a has a Unigram tokenizer, which cannot get other tokens" in Planned(folders, {}).said()
+
+
 def bpe(*merges, added=()):
     """The byte-level tokenizer of tests/tiny.py with these merges."""
     tokenizer = tiny.tokenizer()
@@ -624,6 +654,11 @@ def test_literal_templates_are_checked_at_once(checkpoint):
         assert plan.findings[0].path == ("chat_template",)
     generation = "{% generation %}{{ x }}{% endgeneration %}"
     assert Planned([folder], template=generation).vocabulary is not None
+
+
+def test_a_template_needs_a_tokenizer(checkpoint):
+    plan = Planned([checkpoint("a", 4, None)], template="chatml")
+    assert "chat_template needs a tokenizer, and a has none" in plan.said()
 
 
 def test_a_template_and_a_tokenizer_together(three, tmp_path):

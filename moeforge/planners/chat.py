@@ -10,10 +10,15 @@ from moeforge.vocabulary import chat
 
 
 def chosen_template(
-    setting: str | None, models: Sequence[Model], path: Path, findings: Findings
+    setting: str | None, models: Sequence[Model], base: Model, path: Path, findings: Findings
 ) -> str | None:
     """Return the template that the recipe means; None where there is nothing to change."""
     if setting is None:
+        return None
+    folder = base.donor.folder
+    if folder is None or not [*folder.glob("tokenizer*"), *folder.glob("vocab.*")]:
+        what = f"chat_template needs a tokenizer, and {base.label} has none"
+        findings.error(what, "Add its tokenizer files.", path)
         return None
     if setting == "auto":
         return chat.most_common(map(_template_of, models))

@@ -120,7 +120,7 @@ class _Planning:
         self._note_lost(first, ids, sizes[owner.label])
         for label, differing in conflicts([first, *others.values()], ids).items():
             what = f"{label} matches {listing(map(repr, differing))} in text in another way"
-            self.notes.error(what, f"The result does it as {owner.label}.", self.path)
+            self.notes.error(what, "The first model that adds a token decides.", self.path)
         try:
             return compose(first, list(others.values()), ids, ordinary=joined)
         except MoeforgeError as error:
@@ -218,7 +218,7 @@ def plan_vocabulary(
     """
     before = len(findings)
     models = [model for _, model in inputs]
-    template = chosen_template(chat_template, models, (*path, "chat_template"), findings)
+    template = chosen_template(chat_template, models, base, (*path, "chat_template"), findings)
     inherited = base.tokenizer or TokenizerChange()
     if settings is None:
         if template is None or len(findings) > before:

@@ -43,25 +43,28 @@ def union(first: Counted, others: Sequence[Counted]) -> dict[str, int]:
 def compose(
     first: Tokens, others: Sequence[Tokens], ids: dict[str, int], *, ordinary: bool
 ) -> Tokens:
-    """Return `first` with the tokens of `ids`; `first` itself where they are its own.
+    """Return `first` with the tokens of `ids`; `first` itself where that changes nothing.
 
     Args:
         first: the tokenizer that everything but the tokens comes from.
         others: tokenizers that the new tokens may come from, with their settings.
         ids: the tokens of the result.
-        ordinary: new tokens that are ordinary ones of another tokenizer stay so, and its BPE
-            merges come after those of `first`, or else they would never occur. Without it all
-            new tokens are added tokens.
+        ordinary: the result does what all of them do: what any of them has as an added token is
+            one, the others' ordinary tokens stay ordinary, and their BPE merges come after those
+            of `first`, as without them those tokens would never occur. Without it, `first` stays
+            as it is, and all new tokens are added tokens.
 
     Raises:
         PlanError: ordinary tokens would have to be added to a kind that cannot have more.
     """
-    if ids == first.ids:
-        return first
-    added = _settings((first, *others))
+    known = _settings((first, *others))
+    added = dict(known) if ordinary else dict(first.added)
     for token in ids.keys() - first.ids.keys():
         if not ordinary or not any(token in other.ids for other in others):
-            added.setdefault(token, settings({}))
+            added[token] = known.get(token, settings({}))
+    added = {token: how for token, how in added.items() if token in ids}
+    if ids == first.ids and added == first.added:
+        return first
     listed = [{"id": i, "content": t, **added[t]} for t, i in ids.items() if t in added]
     listed.sort(key=lambda entry: entry["id"])
     model = _model(first, others if ordinary else (), ids, added)
