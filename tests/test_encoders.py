@@ -140,10 +140,23 @@ def test_different_dense_modules_are_named(tmp_path):
     plain = bert(tmp_path / "plain")
     (found,) = differing_modules(one, [one, other, plain, None])
     assert found.what.startswith(f"2_Dense/model.safetensors of {other} is not that of {one}")
+    assert "remove modules.json" in found.fix
     shutil.rmtree(other / "2_Dense")
     (found,) = differing_modules(one, [other])
     assert "2_Dense/model.safetensors" in found.what
     assert not differing_modules(None, [one])
+
+
+def test_another_pooling_is_named(minilm, tmp_path):
+    for folder, change in (
+        ("more", {"include_prompt": True}),
+        ("cls", {"pooling_mode_cls_token": True}),
+    ):
+        shutil.copytree(minilm, tmp_path / folder, ignore=shutil.ignore_patterns(WEIGHTS))
+        path = tmp_path / folder / "1_Pooling" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    (found,) = differing_modules(minilm, [tmp_path / "more", tmp_path / "cls"])
+    assert found.what.startswith(f"1_Pooling/config.json of {tmp_path / 'cls'} is not that of")
 
 
 def touch(folder, *names):

@@ -99,33 +99,46 @@ def copy_companions(donor: Path | None, folder: Path) -> list[str]:
     return copied
 
 
-def _module_weights(folder: Path) -> dict[str, Path]:
-    """Return the weights files in the module folders of `folder`, by their path in it."""
+def _module_files(folder: Path) -> dict[str, Path]:
+    """Return config.json and weights in the module folders of `folder`, by their path in it."""
     return {
         str(file.relative_to(folder)): file
         for name in module_folders(folder)
         for file in (folder / name).rglob("*")
-        if file.suffix in (".safetensors", ".bin", ".pt")
+        if file.name == "config.json" or file.suffix in (".safetensors", ".bin", ".pt")
     }
 
 
-def differing_modules(donor: Path | None, others: Iterable[Path | None]) -> list[Finding]:
-    """Return what stands against taking the weights of sentence-transformers modules from `donor`.
+def _differ(mine: Path | None, theirs: Path | None) -> bool:
+    """Say whether two files of one module contradict each other; None for one that is absent."""
+    if mine is None or theirs is None:
+        return (mine or theirs or Path()).suffix != ".json"
+    if mine.suffix == ".json":  # versions of the library state more or fewer settings
+        one, other = read_json(mine), read_json(theirs)
+        return any(one[key] != other[key] for key in one.keys() & other.keys())
+    return not filecmp.cmp(mine, theirs, shallow=False)
 
-    Modules with weights of their own (`2_Dense`) lie in folders of their own and are copied, not
-    merged: that is right only where all models have the same. A model without modules.json is an
-    encoder and nothing else, and has no say.
+
+def differing_modules(donor: Path | None, others: Iterable[Path | None]) -> list[Finding]:
+    """Return what stands against taking the modules of a sentence-transformers model from `donor`.
+
+    Pooling and modules with weights of their own (`2_Dense`) lie in folders of their own and are
+    copied, not merged: that is right only where all models agree. A model without modules.json is
+    an encoder and nothing else, and has no say.
+
+    Args:
+        donor: folder that they are taken from; None for none.
+        others: folders of the other models.
     """
     if donor is None:
         return []
-    found, mine = [], _module_weights(donor)
+    found, mine = [], _module_files(donor)
     for other in others:
-        if other is None or not module_folders(other):
+        theirs = _module_files(other) if other is not None else {}
+        if other is None or not theirs:
             continue
-        theirs = _module_weights(other)
         for name in sorted(mine.keys() | theirs.keys()):
-            both = name in mine and name in theirs
-            if not both or not filecmp.cmp(mine[name], theirs[name], shallow=False):
+            if _differ(mine.get(name), theirs.get(name)):
                 what = f"{name} of {other} is not that of {donor}, and it cannot be merged"
                 fix = "Use models that share it, or merge the encoders alone: remove modules.json."
                 found.append(Finding(what, fix))
