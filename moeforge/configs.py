@@ -11,7 +11,7 @@ from typing import Any
 
 Config = dict[str, Any]
 
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 
 DENSE_DEFAULTS: dict[str, Config] = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},

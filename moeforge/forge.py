@@ -129,12 +129,14 @@ def build(
                 plan, prepared.planner, prepared.loaded.recipe, prepared.prompts, device, progress
             )
             plan = replace(plan, sources={**plan.sources, ROUTERS: routers})
+        folder.copy_companions(plan.donor.folder, work)
+        if plan.tokenizer:
+            plan.tokenizer.write(work)
         total = plan.nbytes
         engine.run(plan, shards, work, settings, lambda done: progress("tensors", done, total))
         folder.write_json(work / "config.json", plan.config)
         if text := index(shards):
             (work / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        folder.copy_companions(plan.donor.folder, work)
         (work / "moeforge.yml").write_text(prepared.loaded.document.text, encoding="utf-8")
         heldout = _evaluate(prepared, plan, work, progress)
         tables = heldout.tables() if heldout else []

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from moeforge.errors import Finding
 from moeforge.sources import Source
 from moeforge.tensors import FLOAT32, DType, TensorSpec, promote
+from moeforge.vocabulary.change import TokenizerChange
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ class Plan:
         config: its config.json.
         sources: the checkpoints that expressions read, by key.
         donor: the one whose tokenizer and other small files the output gets.
+        tokenizer: how the tokenizer differs from the donor's; None if it does not.
         experts: None unless it is a mixture of experts.
         left_out: input tensors that knowingly have no place, with the reason.
         notes: what is worth knowing, and no error.
@@ -215,6 +217,7 @@ class Plan:
     sources: Mapping[str, Source]
     donor: Source
     experts: Experts | None = None
+    tokenizer: TokenizerChange | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[Finding, ...] = ()
 
@@ -271,11 +274,16 @@ class Plan:
             return (len(expr.table.source) + expr.table.padding, *shape[1:])
         return shape
 
-    def working_dtype(self, expr: Expr) -> DType:
-        """Return the dtype of arithmetic on `expr`: float64 if any input is, else float32."""
+    def working_dtype(self, expr: Expr, dtype: DType = FLOAT32) -> DType:
+        """Return the dtype of arithmetic on `expr`: float64 if an input or the result is.
+
+        Args:
+            expr: what is computed.
+            dtype: what it is stored as.
+        """
         reads = [part for part in walk(expr) if isinstance(part, Read) and part.source != ROUTERS]
         stored = [self.sources[part.source].specs()[part.name].dtype for part in reads]
-        return promote([*stored, FLOAT32])
+        return promote(d for d in (*stored, dtype, FLOAT32) if d.mergeable)
 
 
 def pieces(tensor: PlannedTensor) -> tuple[tuple[Expr, TensorSpec], ...]:

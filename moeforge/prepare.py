@@ -13,8 +13,9 @@ from moeforge.errors import Finding, MoeforgeError, PlanError
 from moeforge.output.folder import has_chat_template, has_tokenizer
 from moeforge.planners import Planner
 from moeforge.plans import Plan
-from moeforge.recipe import LoadedRecipe, MoeRecipe, Prompt, Recipe, Reference
+from moeforge.recipe import Adapter, LoadedRecipe, MoeRecipe, Prompt, Recipe, Reference
 from moeforge.sources import Source, open_source
+from moeforge.sources.adapter import open_adapter
 
 ExpertPrompt = tuple[int, bool, Prompt]
 """Index of the expert, whether the prompt is a negative one, and the prompt."""
@@ -101,7 +102,11 @@ def prepare(recipe: str | Path | dict[str, Any], *, offline: bool) -> Prepared:
     """
     loaded = recipes.load(recipe)
 
-    def open_reference(reference: Reference) -> Source:
+    def open_reference(reference: Reference | Adapter) -> Source:
+        if isinstance(reference, Adapter):
+            return open_adapter(
+                reference.model, reference.revision, beside=loaded.folder, offline=offline
+            )
         return open_source(
             reference.model,
             reference.revision,

@@ -137,8 +137,8 @@ def test_a_far_off_key_is_answered_with_the_known_ones():
     ("recipe", "said"),
     [
         ({"merge_method": "linear"}, "got none of them"),
-        (linear("a", slices=[]), "got slices and models"),
-        (moe(models=[]), "got experts and models"),
+        (linear("a", slices=[1]), "got slices and models"),
+        (moe(models=[1]), "got experts and models"),
     ],
 )
 def test_a_recipe_is_of_exactly_one_kind(recipe, said):

@@ -16,11 +16,13 @@ from moeforge.engine.jobs import CopyJob, MergeJob, jobs_of
 from moeforge.engine.pool import Pool
 from moeforge.engine.writer import OutputFiles
 from moeforge.output.layout import Shard
-from moeforge.plans import Plan
+from moeforge.plans import Expr, Plan, Read, inputs, pieces, walk
 
-MIN_SLICE, DEFAULT_SLICE = 2**16, 2**19
+MIN_SLICE, DEFAULT_SLICE = 2**16, 2**17
 """Elements per slice; the default is the fastest measured: see docs/architecture.md."""
 
+WINDOW = 2**20
+"""Bytes of an input tensor that a worker reads at a time."""
 INTERPRETER = 280_000_000
 """Bytes that Python and torch take before any work, measured; see docs/architecture.md."""
 COPY_INTERPRETER = 60_000_000
@@ -58,22 +60,16 @@ class Settings:
         return size
 
 
-def buffers_needed(plan: Plan) -> int:
-    """Return the most slice buffers that any tensor of `plan` needs at once."""
-    from moeforge.plans import Concat, Expr, inputs
+def buffers_needed(plan: Plan) -> tuple[int, int]:
+    """Return the most slice buffers, and the most input tensors, that any output tensor needs."""
 
     def need(expr: Expr) -> int:
         # While input i is computed, the results of the inputs before it are held.
         return max((i + need(child) for i, child in enumerate(inputs(expr))), default=1)
 
-    parts = (
-        piece
-        for tensor in plan.tensors
-        for piece in (
-            [e for e, _ in tensor.expr.pieces] if isinstance(tensor.expr, Concat) else [tensor.expr]
-        )
-    )
-    return max(map(need, parts), default=0)
+    parts = [expr for tensor in plan.tensors for expr, _ in pieces(tensor)]
+    reads = (sum(isinstance(part, Read) for part in walk(expr)) for expr in parts)
+    return max(map(need, parts), default=0), max(reads, default=0)
 
 
 def is_copy_only(plan: Plan) -> bool:
@@ -86,9 +82,10 @@ def peak_memory(plan: Plan, settings: Settings, slice_elements: int | None = Non
     if is_copy_only(plan):
         return COPY_INTERPRETER
     size = slice_elements or settings.slice_for(plan)
-    # Results in 8 bytes per element at most, one raw input and one raw output beside them, and
-    # temporaries of a method's measurement.
-    per_worker = (buffers_needed(plan) + 4) * 8 * size
+    buffers, reads = buffers_needed(plan)
+    # Results in 8 bytes per element at most, as many temporaries of a method, one raw output; and
+    # of each input what is read at a time.
+    per_worker = (2 * buffers + 2) * 8 * size + reads * WINDOW
     return INTERPRETER + settings.workers * per_worker
 
 

@@ -1,29 +1,42 @@
 """Owns evaluating expressions slice by slice, in buffers that a worker allocates once.
 
-float32 arithmetic (float64 where an input is float64), one rounding at the end.
+float32 arithmetic (float64 where an input or the result is float64), one rounding at the end.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moeforge import methods
-from moeforge.plans import Concat, Expr, Fill, Merge, Plan, Read
+from moeforge.engine import WINDOW, rows
+from moeforge.errors import BuildError, Finding
+from moeforge.methods import BLOCK, Place, Scan
+from moeforge.plans import (
+    Concat,
+    Dequantize,
+    Expr,
+    Fill,
+    Gather,
+    Lora,
+    Merge,
+    Plan,
+    Read,
+    Same,
+    walk,
+)
 from moeforge.tensors import DType
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moeforge.sources import Source
+    from moeforge.engine.rows import Whole
 
-BLOCK = 2**16
-"""Elements per measured block: fixed, so that sums do not depend on the slice size."""
-
-Stats = dict[int, tuple[float, ...]]
+Stats = Mapping[int, Any]
+"""What is known of whole tensors, by id of the expression."""
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -32,20 +45,49 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return found
 
 
-class Buffer:
-    """Bytes for one slice, seen as memory for reads and as a tensor for arithmetic."""
+def unit(plan: Plan, expr: Expr) -> int:
+    """Return the elements that slices of `expr` are multiples of.
 
-    def __init__(self, elements: int) -> None:
-        self.memory = mmap.mmap(-1, max(elements, 1) * 8)
+    A block; or, where something needs whole rows, rows that make about a block.
+    """
+    if not needs_rows(expr):
+        return BLOCK
+    row = Place(plan.shape(expr), 0).row
+    return row * max(1, BLOCK // row)
+
+
+def needs_rows(expr: Expr) -> bool:
+    """Say whether anything in `expr` is computed row by row."""
+    return any(
+        isinstance(part, (Lora, Dequantize))
+        or (isinstance(part, Merge) and methods.load(part.method).rows(dict(part.params)))
+        for part in walk(expr)
+    )
+
+
+class Buffer:
+    """Bytes of memory, seen as memory for reads and as a tensor for arithmetic."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.size = nbytes
+        self.memory = mmap.mmap(-1, max(nbytes, 1))
         self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
 
-    def tensor(self, dtype: torch.dtype, count: int) -> Tensor:
-        """Return the first `count` elements as `dtype`."""
-        return self.bytes[: count * dtype.itemsize].view(dtype)
+    def tensor(self, dtype: torch.dtype, count: int, first: int = 0) -> Tensor:
+        """Return `count` elements from byte `first` on as `dtype`."""
+        return self.bytes[first : first + count * dtype.itemsize].view(dtype)
 
     def view(self, nbytes: int) -> memoryview:
         """Return the first `nbytes` bytes."""
         return memoryview(self.memory)[:nbytes]
+
+
+class _Window:
+    """The part of one input tensor that was read last."""
+
+    def __init__(self) -> None:
+        self.buffer = Buffer(WINDOW)
+        self.start = self.end = 0
 
 
 class Evaluator:
@@ -53,95 +95,170 @@ class Evaluator:
 
     Args:
         plan: holds the sources.
-        slice_elements: elements per slice, a multiple of BLOCK.
+        slice_elements: elements per slice, at most; a multiple of BLOCK.
         device: torch device of the arithmetic.
     """
 
     def __init__(self, plan: Plan, slice_elements: int, device: str = "cpu") -> None:
         torch.set_num_threads(1)  # of this worker: the workers are the parallelism
-        self._sources = plan.sources
+        self.plan = plan
         self._size = slice_elements
         self._device = torch.device(device)
-        self._staging = Buffer(slice_elements)
-        self._output = Buffer(slice_elements)
+        self._output = Buffer(0)
         self._pool: list[Buffer] = []
         self._used = 0
+        self._windows: dict[tuple[str, str], _Window] = {}
+        self._free: list[_Window] = []
+        self._end: dict[tuple[str, str], int] = {}
+
+    def begin(self, expr: Expr, end: int | None = None) -> None:
+        """Prepare for a chunk of `expr`: forget what was read for others.
+
+        Args:
+            expr: what is computed next.
+            end: element where the chunk ends, so that nothing is read in vain beyond it.
+        """
+        reads = {(part.source, part.name) for part in walk(expr) if isinstance(part, Read)}
+        self._free += [self._windows.pop(key) for key in list(self._windows) if key not in reads]
+        for window in (*self._windows.values(), *self._free):
+            window.start = window.end = 0
+        gathers = any(isinstance(part, Gather) for part in walk(expr))
+        self._end = dict.fromkeys(reads, end) if end is not None and not gathers else {}
+
+    def slices(self, expr: Expr, start: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yield start and length of each slice of [start, start + count)."""
+        step = unit(self.plan, expr)
+        if not needs_rows(expr):
+            step *= max(1, self._size // step)
+        for begin in range(start, max(start + count, start + 1), step):
+            yield begin, min(step, start + count - begin)
 
     def produce(
-        self, expr: Expr, working: DType, dtype: DType, stats: Stats, start: int, count: int
+        self, expr: Expr, working: DType, dtype: DType, whole: Whole, start: int, count: int
     ) -> Iterator[tuple[int, memoryview]]:
         """Yield element offset and bytes, in `dtype`, of each slice of [start, start + count).
 
         The bytes are valid until the next slice.
         """
-        if isinstance(expr, Read) and self._sources[expr.source].specs()[expr.name].dtype == dtype:
-            yield from self._copy(self._sources[expr.source], expr.name, dtype, start, count)
-            return
-        stored = torch_dtype(dtype)
-        for begin in range(start, start + count, self._size):
-            length = min(self._size, start + count - begin)
-            result = self._evaluate(expr, torch_dtype(working), stats, begin, length)
-            self._output.tensor(stored, length).copy_(result)
-            self._used = 0
-            yield begin, self._output.view(length * dtype.itemsize)
-
-    def _copy(
-        self, source: Source, name: str, dtype: DType, start: int, count: int
-    ) -> Iterator[tuple[int, memoryview]]:
-        for begin in range(start, start + count, self._size):
-            data = self._output.view(min(self._size, start + count - begin) * dtype.itemsize)
-            source.read(name, begin * dtype.itemsize, data)
+        self.begin(expr, start + count)
+        size = dtype.itemsize
+        for begin, length in self.slices(expr, start, count):
+            if self._output.size < length * size:
+                self._output = Buffer(length * size)
+            data = self._output.view(length * size)
+            if self._stored(expr) == dtype:
+                self._raw(expr, begin, data)
+            else:
+                result = self.evaluate(expr, torch_dtype(working), whole, begin, length)
+                self._output.tensor(torch_dtype(dtype), length).copy_(result)
+                self._used = 0
             yield begin, data
 
-    def measure(
-        self, node: Merge, working: DType, stats: Stats, start: int, count: int
-    ) -> list[tuple[float, ...]]:
-        """Return what the method of `node` measures on each block of [start, start + count)."""
-        method = methods.load(node.method)
-        assert method.measure is not None
-        params = dict(node.params)
-        sums = []
-        for begin in range(start, start + count, self._size):
-            length = min(self._size, start + count - begin)
+    def _stored(self, expr: Expr) -> DType | None:
+        """Return the dtype of `expr` on disk if its bytes lie there as they are."""
+        while isinstance(expr, Same):
+            expr = expr.inputs[0]
+        if isinstance(expr, Read):
+            return self.plan.sources[expr.source].specs()[expr.name].dtype
+        return None
+
+    def _raw(self, expr: Expr, start: int, out: memoryview) -> None:
+        """Fill `out` with bytes on disk from element `start` on; inputs of a Same must agree."""
+        if isinstance(expr, Read):
+            source = self.plan.sources[expr.source]
+            source.read(expr.name, start * source.specs()[expr.name].dtype.itemsize, out)
+            return
+        assert isinstance(expr, Same)
+        first, *others = expr.inputs
+        self._raw(first, start, out)
+        for other in others:
+            theirs = bytearray(len(out))
+            self._raw(other, start, memoryview(theirs))
+            if theirs != out:
+                what = "it differs between the models, and integers cannot be merged"
+                raise BuildError(Finding(what, "Merge models that agree in it."))
+
+    def scan(
+        self, node: Merge, scan: Scan, working: DType, whole: Whole, start: int, count: int
+    ) -> Any:
+        """Return what `scan` finds in chunk [start, start + count) of the inputs of `node`."""
+        self.begin(node, start + count)
+        shape = self.plan.shape(node)
+        found = []
+        for begin, length in self.slices(node, start, count):
             tensors = [
-                self._evaluate(child, torch_dtype(working), stats, begin, length)
+                self.evaluate(child, torch_dtype(working), whole, begin, length)
                 for child in node.inputs
             ]
-            for low in range(0, length, BLOCK):
-                sums.append(method.measure([t[low : low + BLOCK] for t in tensors], params))
+            found.append(scan.look(tensors, Place(shape, begin)))
             self._used = 0
-        return sums
+        return scan.join(found)
 
-    def _take(self) -> Buffer:
+    def mark(self) -> int:
+        """Return how many buffers are in use, for `release`."""
+        return self._used
+
+    def release(self, mark: int) -> None:
+        """Give back the buffers that were taken since `mark`."""
+        self._used = mark
+
+    def _take(self, nbytes: int) -> Buffer:
         if self._used == len(self._pool):
-            self._pool.append(Buffer(self._size))
+            self._pool.append(Buffer(nbytes))
+        elif self._pool[self._used].size < nbytes:
+            self._pool[self._used] = Buffer(nbytes)
         self._used += 1
         return self._pool[self._used - 1]
 
-    def _evaluate(
-        self, expr: Expr, working: torch.dtype, stats: Stats, start: int, count: int
+    def evaluate(
+        self, expr: Expr, working: torch.dtype, whole: Whole, start: int, count: int
     ) -> Tensor:
         """Return elements [start, start + count) of `expr` in a buffer that the caller may use."""
-        if isinstance(expr, Merge):
-            mark = self._used
-            tensors: Sequence[Tensor] = [
-                self._evaluate(child, working, stats, start, count) for child in expr.inputs
-            ]
-            method = methods.load(expr.method)
-            result = method.merge(tensors, dict(expr.params), stats.get(id(expr), ()))
-            if result is not tensors[0] and self._device.type == "cpu":
-                result = tensors[0].copy_(result)
-            self._used = mark + 1  # the first input's buffer holds the result, the rest is free
-            return result
-        target = self._take().tensor(working, count)
+        if isinstance(expr, Read):
+            return self._read(expr, working, start, count)
         if isinstance(expr, Fill):
+            target = self._take(count * working.itemsize).tensor(working, count)
             return target.fill_(expr.value).to(self._device)
-        assert not isinstance(expr, Concat), "planned tensors are divided into pieces before"
-        source = self._sources[expr.source]
-        dtype = source.specs()[expr.name].dtype
-        staging = self._staging
-        source.read(expr.name, start * dtype.itemsize, staging.view(count * dtype.itemsize))
-        raw = staging.tensor(torch_dtype(dtype), count)
+        mark = self._used
+        if isinstance(expr, Merge):
+            result = self._merge(expr, working, whole, start, count)
+        else:
+            assert not isinstance(expr, (Concat, Same)), "handled before anything is computed"
+            result = rows.evaluate(self, expr, working, whole, start, count)
+        if self._device.type == "cpu":
+            # Results outlive the buffers of their inputs: the first of these takes them.
+            self._used = mark
+            target = self._take(count * working.itemsize).tensor(working, count)
+            result = result if result.data_ptr() == target.data_ptr() else target.copy_(result)
+        self._used = mark + 1
+        return result
+
+    def _merge(
+        self, node: Merge, working: torch.dtype, whole: Whole, start: int, count: int
+    ) -> Tensor:
+        tensors = [self.evaluate(child, working, whole, start, count) for child in node.inputs]
+        method = methods.load(node.method)
+        place = Place(self.plan.shape(node), start)
+        return method.merge(tensors, dict(node.params), whole.stats.get(id(node)), place)
+
+    def _read(self, node: Read, working: torch.dtype, start: int, count: int) -> Tensor:
+        source = self.plan.sources[node.source]
+        spec = source.specs()[node.name]
+        stored, size = torch_dtype(spec.dtype), spec.dtype.itemsize
+        key = (node.source, node.name)
+        window = self._windows.get(key)
+        if window is None:
+            window = self._windows[key] = self._free.pop() if self._free else _Window()
+            window.start = window.end = 0
+        if not window.start <= start <= start + count <= window.end:
+            # As much as fits, but no more than will be wanted: what follows in this chunk.
+            limit = self._end.get(key, start + count)
+            ahead = max(count, min(WINDOW // size // count * count if count else 0, limit - start))
+            if window.buffer.size < ahead * size:
+                window.buffer = Buffer(ahead * size)
+            source.read(node.name, start * size, window.buffer.view(ahead * size))
+            window.start, window.end = start, start + ahead
+        raw = window.buffer.tensor(stored, count, (start - window.start) * size)
         if self._device.type != "cpu":
             return raw.to(self._device).to(working, copy=True)
-        return target.copy_(raw)
+        return self._take(count * working.itemsize).tensor(working, count).copy_(raw)

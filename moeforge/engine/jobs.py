@@ -1,20 +1,21 @@
-"""Owns dividing a plan into jobs: copies of byte ranges, and tensors computed in phases.
+"""Owns the jobs that a plan comes to: copies of byte ranges, and tensors computed in phases.
 
-A tensor whose methods need statistics is measured first, level by level of its expression, and
-written when the last measurement is in; each phase is divided into chunks that any worker may take.
+A tensor whose methods must know something of it as a whole is scanned first, level by level of its
+expression, and written when that is known; each phase is divided into chunks that any worker may
+take.
 """
 
 from __future__ import annotations
 
 import errno
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moeforge import methods
 from moeforge.engine.writer import OutputFiles
+from moeforge.methods import Measurement, Place, Scan
 from moeforge.output.layout import Shard
 from moeforge.plans import Expr, Merge, Plan, inputs, pieces
 from moeforge.sources import FileSpan
@@ -22,9 +23,10 @@ from moeforge.tensors import DType
 
 if TYPE_CHECKING:
     from moeforge.engine.evaluate import Evaluator
+    from moeforge.engine.rows import Whole
 
 CHUNK = 2**22
-"""Elements per unit of work: a multiple of every slice size, so that slices fall the same way."""
+"""Elements per unit of work, about: a multiple of what slices are multiples of."""
 COPY_CHUNK = 2**26
 """Bytes per call of copy_file_range: short enough for progress and Ctrl-C."""
 
@@ -105,6 +107,16 @@ def copy_range(source: int, target: int, count: int, start: int, to: int) -> int
 
 
 @dataclass
+class _Scanning:
+    """A measurement that waits for the results of its scan, by number of the chunk."""
+
+    node: Merge
+    measurement: Measurement
+    scan: Scan
+    found: dict[int, Any] = field(default_factory=dict)
+
+
+@dataclass
 class MergeJob:
     """A tensor, or a piece of one, that is computed.
 
@@ -113,52 +125,98 @@ class MergeJob:
         expr: what to compute.
         numel: number of elements.
         dtype: dtype on disk.
-        offset: byte in file `shard` where the piece begins.
-        stats: whole-tensor sums of measured expressions, by id of the expression.
+        plan: holds the sources.
+        shard: file that the piece lies in.
+        offset: byte in it where the piece begins.
+        files: where the bytes go.
     """
 
     name: str
     expr: Expr
     numel: int
     dtype: DType
-    working: DType
+    plan: Plan
     shard: str
     offset: int
     files: Sink
-    stats: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._levels = measured_levels(self.expr)
-        self._partial: dict[int, list[tuple[float, ...]]] = {}
+        self._running: list[_Scanning] = []
+        self._working = self.plan.working_dtype(self.expr, self.dtype)
+        self._made: Whole | None = None
+        self._next_level()
+
+    @property
+    def _whole(self) -> Whole:
+        from moeforge.engine.rows import Whole
+
+        if self._made is None:
+            self._made = Whole()
+        return self._made
 
     def chunks(self) -> Iterator[Callable[[Evaluator | None, Report], None]]:
-        """Yield the chunks of a measurement, or, when all are taken, of the result."""
-        for start in range(0, max(self.numel, 1), CHUNK):
-            count = min(CHUNK, self.numel - start)
-            if self._levels:
-                yield lambda worker, _, s=start, n=count: self._measure(worker, s, n)  # type: ignore[misc]
-            else:
+        """Yield the chunks of the scans, or, when all is known, of the result."""
+        if not self._running:
+            for start, count in self._ranges(self.expr, self.numel):
                 yield lambda worker, report, s=start, n=count: self._write(worker, s, n, report)  # type: ignore[misc]
+            return
+        for job in self._running:
+            ranges = job.scan.runs or self._ranges(
+                job.node, Place(self.plan.shape(job.node), 0).numel
+            )
+            for number, (start, count) in enumerate(ranges):
+                yield lambda worker, _, j=job, i=number, s=start, n=count: self._scan(  # type: ignore[misc]
+                    worker, j, i, s, n
+                )
 
     def advance(self) -> bool:
-        """Add up what was measured and go on to the next level, or to writing."""
-        if not self._levels:
+        """Hand what was found to the measurements; go on to the next scans, or to writing."""
+        if not self._running:
+            if self._made is not None:
+                self._made.clear()
             return False
-        for node in self._levels.pop(0):
-            # fsum is exact, so the order in which chunks came in does not matter.
-            self.stats[id(node)] = tuple(map(math.fsum, zip(*self._partial[id(node)], strict=True)))
-        self._partial.clear()
+        before, self._running = self._running, []
+        for job in before:
+            chunks = [job.found[number] for number in range(len(job.found))]
+            self._resume(job.node, job.measurement, chunks)
+        if not self._running:
+            self._next_level()
         return True
 
-    def _measure(self, worker: Evaluator, start: int, count: int) -> None:
-        for node in self._levels[0]:
-            sums = worker.measure(node, self.working, self.stats, start, count)
-            self._partial.setdefault(id(node), []).extend(sums)
+    def _next_level(self) -> None:
+        """Begin the measurements of the innermost expressions that have none yet."""
+        while self._levels and not self._running:
+            for node in self._levels.pop(0):
+                measure = methods.load(node.method).measure
+                assert measure is not None
+                params, place = dict(node.params), Place(self.plan.shape(node), 0)
+                self._resume(node, measure(params, place), None)
+
+    def _resume(self, node: Merge, measurement: Measurement, found: list[Any] | None) -> None:
+        try:
+            scan = next(measurement) if found is None else measurement.send(found)
+            self._running.append(_Scanning(node, measurement, scan))
+        except StopIteration as end:
+            self._whole.stats[id(node)] = end.value
+
+    def _ranges(self, expr: Expr, numel: int) -> Iterator[tuple[int, int]]:
+        from moeforge.engine.evaluate import unit
+
+        step = unit(self.plan, expr)
+        step *= max(1, CHUNK // step)
+        for start in range(0, max(numel, 1), step):
+            yield start, min(step, numel - start)
+
+    def _scan(self, worker: Evaluator, job: _Scanning, number: int, start: int, count: int) -> None:
+        job.found[number] = worker.scan(
+            job.node, job.scan, self._working, self._whole, start, count
+        )
 
     def _write(self, worker: Evaluator, start: int, count: int, report: Report) -> None:
         size = self.dtype.itemsize
         for begin, data in worker.produce(
-            self.expr, self.working, self.dtype, self.stats, start, count
+            self.expr, self._working, self.dtype, self._whole, start, count
         ):
             self.files.write(self.shard, data, self.offset + begin * size)
             report(len(data))
@@ -173,7 +231,8 @@ def measured_levels(expr: Expr) -> list[list[Merge]]:
         if isinstance(node, Merge) and methods.load(node.method).measure:
             while len(levels) <= depth:
                 levels.append([])
-            levels[depth].append(node)
+            if not any(node is other for other in levels[depth]):
+                levels[depth].append(node)
             return depth + 1
         return depth
 
@@ -191,19 +250,13 @@ def jobs_of(plan: Plan, shards: tuple[Shard, ...], files: OutputFiles) -> list[C
                 span = None
                 if plan.is_copy(expr, spec.dtype):
                     span = plan.sources[expr.source].locate(expr.name)  # type: ignore[union-attr]
+                name = entry.tensor.name
                 if span:
-                    jobs.append(CopyJob(entry.tensor.name, span, shard.name, offset, files))
+                    jobs.append(CopyJob(name, span, shard.name, offset, files))
                 else:
                     jobs.append(
                         MergeJob(
-                            entry.tensor.name,
-                            expr,
-                            spec.numel,
-                            spec.dtype,
-                            plan.working_dtype(expr),
-                            shard.name,
-                            offset,
-                            files,
+                            name, expr, spec.numel, spec.dtype, plan, shard.name, offset, files
                         )
                     )
                 offset += spec.nbytes

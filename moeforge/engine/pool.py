@@ -94,17 +94,24 @@ class Pool:
                 chunk(state, self._report)
                 with self._change:
                     self._pending[id(job)] -= 1
-                    if not self._pending[id(job)]:
-                        del self._pending[id(job)]
-                        if job.advance():
-                            self._push(job, front=True)
-                    self._change.notify_all()
+                    last = not self._pending[id(job)]
+                if last:
+                    self._advance(job)
         except BaseException as error:
             with self._change:
                 if self._error is None and not self._stop:
                     self._error = _explain(error, name)
                 self._stop = True
                 self._change.notify_all()
+
+    def _advance(self, job: Job) -> None:
+        # What a phase found is put together here, while the other workers go on with other jobs.
+        more = job.advance()
+        with self._change:
+            del self._pending[id(job)]
+            if more:
+                self._push(job, front=True)
+            self._change.notify_all()
 
     def _next(self) -> tuple[Job, Chunk] | None:
         with self._change:

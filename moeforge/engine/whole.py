@@ -30,12 +30,13 @@ def evaluate(plan: Plan, expr: Expr, numel: int) -> Tensor:
     """
     import torch
 
-    from moeforge.engine.evaluate import BLOCK, Evaluator
+    from moeforge.engine.evaluate import Evaluator
+    from moeforge.methods import BLOCK
 
     result = torch.empty(numel, dtype=torch.float32)
     raw: Any = result.view(torch.uint8).numpy()
     sink = _Memory(memoryview(raw))
-    job = MergeJob("", expr, numel, FLOAT32, plan.working_dtype(expr), "", 0, sink)
+    job = MergeJob("", expr, numel, FLOAT32, plan, "", 0, sink)
     threads = torch.get_num_threads()
     try:
         worker = Evaluator(plan, BLOCK)

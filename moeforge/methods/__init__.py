@@ -6,8 +6,9 @@ engine; which value a parameter has for a tensor belongs to the planners.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from moeforge import catalog
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Params = Mapping[str, Any]
-Stats = tuple[float, ...]
+
+BLOCK = 2**16
+"""Elements per block. Sums are taken block by block, so that they do not depend on how the work is
+divided; rows that may not be divided come together in blocks of about this size."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,68 @@ class Param:
         default: value where the recipe sets none; REQUIRED if it must.
         scope: "shared": one value per output tensor, filters see the output's name.
             "input": one per input, filters see that model's own tensor name.
+            "non_base": the same, but not for the base, whose value is None.
+        unused: accepted because mergekit knows it, and without effect.
     """
 
     kind: type
     default: Any
-    scope: Literal["shared", "input"] = "shared"
+    scope: Literal["shared", "input", "non_base"] = "shared"
+    unused: bool = False
 
 
 REQUIRED: Any = object()
 """Default of a parameter that the recipe must set."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the elements that a method is handed lie.
+
+    Attributes:
+        shape: shape of the whole tensor.
+        start: index of the first element in the flattened tensor.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def row(self) -> int:
+        """Elements along the last dimension; a vector is one row."""
+        return max(self.shape[-1], 1) if self.shape else 1
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return prod(self.shape)
+
+
+Look = Callable[[Sequence["Tensor"], Place], Any]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One pass over the inputs, asked for by a measurement.
+
+    Attributes:
+        look: (tensors, place) -> something. Called for slices that begin at multiples of BLOCK from
+            the start of the chunk or run; for methods that need whole rows, always for the same
+            groups of rows. The tensors are scratch as in `merge`.
+        join: turns what `look` gave for the pieces of one chunk, in order, into one thing. What a
+            chunk is does not depend on how the work is divided.
+        runs: element ranges (start, count) to look at; None for the whole tensor. Each run is a
+            chunk.
+    """
+
+    look: Look
+    join: Callable[[list[Any]], Any]
+    runs: tuple[tuple[int, int], ...] | None = None
+
+
+Measurement = Generator[Scan, list[Any], Any]
+"""Yields scans, receives what `join` gave for each of their chunks, in order, and returns `stats`.
+It may raise ValueError where the tensors have no merge."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +102,30 @@ class Method:
 
     Attributes:
         title: name for people.
-        paper: where the formula comes from; may be empty.
-        merge: (tensors, params, stats) -> Tensor. The tensors are equal slices of the flattened
-            inputs in float32 (float64 for float64 inputs), in the order of the recipe but for a
-            base that is used as one, which is first. They are scratch: they may be overwritten,
-            and the result may be one of them. Pure otherwise, and the same wherever the slice lies.
+        merge: (tensors, params, stats, place) -> Tensor. The tensors are equal slices of the
+            flattened inputs in float32 (float64 for float64 inputs), in the order of the recipe
+            but for a base that is used as one, which is first. They are scratch: they may be
+            overwritten, and the result may be one of them. Pure otherwise.
         params: parameters by name.
-        inputs: fewest and most inputs, base included; None for no limit.
-        base: "required", or "none" where a base is an ordinary input.
-        measure: (tensors, params) -> sums over a block of elements that are added up over the
-            whole tensor, exactly, and given to `merge` as `stats`; None where none are needed.
+        inputs: fewest and most inputs, a required base included, an optional one not; None for no
+            limit. A required base alone is the result: no method is asked.
+        base: "required"; "optional": used as one where there is one (then its value of a
+            "non_base" parameter is None); "none": a base is an ordinary input.
+        measure: (params, place) -> what must be known of the whole tensor first; None for nothing.
+        rows: (params) -> whether slices must be made of whole rows, along the last dimension.
+        random: whether `params` gets a "key", which random draws follow from.
         check: (params) -> what is wrong with these values together, or an empty string.
+        paper: where the formula comes from; may be empty.
     """
 
     title: str
-    merge: Callable[[Sequence[Tensor], Params, Stats], Tensor]
+    merge: Callable[[Sequence[Tensor], Params, Any, Place], Tensor]
     params: Mapping[str, Param]
     inputs: tuple[int, int | None]
-    base: Literal["required", "none"] = "none"
-    measure: Callable[[Sequence[Tensor], Params], Stats] | None = None
+    base: Literal["required", "optional", "none"] = "none"
+    measure: Callable[[Params, Place], Measurement] | None = None
+    rows: Callable[[Params], bool] = lambda params: False
+    random: bool = False
     check: Callable[[Params], str] | None = None
     paper: str = ""
 

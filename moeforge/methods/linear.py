@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moeforge.methods import REQUIRED, Method, Param, Params, Stats
+from moeforge.methods import REQUIRED, Method, Param, Params, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ def check(params: Params) -> str:
     return ""
 
 
-def merge(tensors: Sequence[Tensor], params: Params, stats: Stats) -> Tensor:
+def merge(tensors: Sequence[Tensor], params: Params, stats: Any, place: Place) -> Tensor:
     """Return Σ wᵢ·xᵢ; with `normalize`, the weights are first divided by their sum."""
     divisor = sum(params["weight"]) if params["normalize"] else 1.0
     first, *others = (weight / divisor for weight in params["weight"])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moeforge.methods import Method, Param, Params, Stats
+from moeforge.methods import Method, Param, Params, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def merge(tensors: Sequence[Tensor], params: Params, stats: Stats) -> Tensor:
+def merge(tensors: Sequence[Tensor], params: Params, stats: Any, place: Place) -> Tensor:
     """Return scale · x. Where `scale` is not set the planner leaves the tensor a plain copy."""
     return tensors[0].mul_(params["scale"][0])
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moeforge.methods import REQUIRED, Method, Param, Params, Stats
+from moeforge.methods import REQUIRED, Measurement, Method, Param, Params, Place
+from moeforge.methods._sums import blocks, total
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,35 +18,44 @@ _COLLINEAR = 0.9995
 """Above this |cosine| the arc is flat: linear interpolation, which needs no division by sin θ."""
 
 
-def measure(tensors: Sequence[Tensor], params: Params) -> Stats:
-    """Return Σa², Σb², Σab of a block, a being the base.
+def _sums(tensors: Sequence[Tensor], place: Place) -> list[tuple[float, ...]]:
+    """Return Σa², Σb², Σab of each block, a being the base.
 
     A block's sums are in float32, good to some 1e-7; blocks are added up exactly.
     """
-    a, b = tensors
-    return float(a.dot(a)), float(b.dot(b)), float(a.dot(b))
+    return [
+        (float(a.dot(a)), float(b.dot(b)), float(a.dot(b)))
+        for a, b in zip(*map(blocks, tensors), strict=True)
+    ]
 
 
-def coefficients(t: float, stats: Stats) -> tuple[float, float]:
-    """Return the factors of base and other model for whole-tensor sums `stats`.
+def measure(params: Params, place: Place) -> Measurement:
+    """Return the factors of base and other model."""
+    return coefficients(params["t"], (yield from total(_sums)))
+
+
+def coefficients(t: float, sums: tuple[float, ...]) -> tuple[float, float]:
+    """Return the factors of base and other model for whole-tensor sums Σa², Σb², Σab.
 
     θ is the angle between the flattened tensors; the factors are sin((1−t)θ)/sin θ and
     sin(tθ)/sin θ, or 1−t and t where the tensors are collinear or opposite.
     Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
     """
-    norm_a, norm_b = math.sqrt(stats[0]), math.sqrt(stats[1])
+    norm_a, norm_b = math.sqrt(sums[0]), math.sqrt(sums[1])
     norm_a = norm_a if norm_a > _ZERO_NORM else 1.0
     norm_b = norm_b if norm_b > _ZERO_NORM else 1.0
-    cosine = max(-1.0, min(1.0, stats[2] / (norm_a * norm_b)))
+    cosine = max(-1.0, min(1.0, sums[2] / (norm_a * norm_b)))
     if abs(cosine) > _COLLINEAR:
         return 1.0 - t, t
     theta = math.acos(cosine)
     return math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 
-def merge(tensors: Sequence[Tensor], params: Params, stats: Stats) -> Tensor:
+def merge(
+    tensors: Sequence[Tensor], params: Params, stats: tuple[float, float], place: Place
+) -> Tensor:
     """Return factor_a · a + factor_b · b."""
-    factor_a, factor_b = coefficients(params["t"], stats)
+    factor_a, factor_b = stats
     return tensors[0].mul_(factor_a).add_(tensors[1], alpha=factor_b)
 
 

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 from moeforge import catalog, methods
 from moeforge.errors import Path, nearest
 from moeforge.methods import REQUIRED, Method
+from moeforge.methods._random import derive
+from moeforge.planners.align import Vocabulary, is_vocabulary
 from moeforge.planners.model import Findings, Model, listing
-from moeforge.plans import Expr, Merge, PlannedTensor
+from moeforge.planners.vocab import mismatch
+from moeforge.plans import Expr, Merge, PlannedTensor, Same
 from moeforge.recipe.parameters import ParameterError, Scope, resolve, unused_filters
 from moeforge.tensors import BY_NAME, TensorSpec, promote
+
+Seed = tuple[int, ...]
+"""Seed of the outermost recipe that gives one, and the number of the inline recipe below it."""
+_WITHOUT_NOTE = {"int8_mask"}
+"""Without effect by design: it is about memory only, and every second recipe has it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class Combiner:
         word: the method, as the recipe names it.
         dtype: dtype of the result; None for the inputs' own.
         path: where the recipe stands, for messages.
+        seed: what random masks follow from, with the tensor's name and the input's number.
+        vocabulary: how tensors with a vocabulary axis are aligned; None leaves them as they are.
     """
 
     word: str
@@ -44,6 +54,8 @@ class Combiner:
     path: Path
     findings: Findings
     notes: Findings
+    seed: Seed = ()
+    vocabulary: Vocabulary | None = None
     used: set[Path] = field(default_factory=set)
     scopes: list[Scope] = field(default_factory=list)
     _misfits: set[Path] = field(default_factory=set)
@@ -71,6 +83,8 @@ class Combiner:
                     self.notes.error(
                         f'method {self.word} has no parameter "{name}"; it is unused', path=path
                     )
+                elif self.method.params[name].unused and name not in _WITHOUT_NOTE:
+                    self.notes.error(f'"{name}" has no effect in {self.word}', path=path)
                 elif per_input and self.method.params[name].scope == "shared":
                     what = f'"{name}" is one value for all inputs of {self.word}; it is unused here'
                     self.notes.error(what, "Move it to the parameters of the merge.", path)
@@ -78,6 +92,9 @@ class Combiner:
     def check_inputs(self, count: int, base: int | None, path: Path) -> None:
         """Report too few or too many inputs, and a missing base."""
         fewest, most = self.method.inputs
+        optional = self.method.base == "optional"
+        if optional and base is not None:
+            count -= 1
         if count < fewest or (most is not None and count > most):
             wanted = (
                 f"{fewest}"
@@ -89,7 +106,8 @@ class Combiner:
             said = (
                 f"{self.word} takes {wanted} model{'' if wanted == '1' else 's'}, here are {count}"
             )
-            self.findings.error(said, "A base_model counts as one of them.", path)
+            counts = "does not count" if optional else "counts"
+            self.findings.error(said, f"A base_model {counts} as one of them.", path)
         if self.method.base == "required" and base is None:
             what = f"{self.word} needs a base_model that is one of its inputs"
             self.findings.error(what, "Add base_model: with the model to start from.", path)
@@ -111,57 +129,87 @@ class Combiner:
             base: index of the base among `slots`.
             position: place for gradients, from 0 to 1.
         """
-        if self.method.base == "required" and base is not None:
+        first = self.method.base != "none" and base is not None
+        if first and base is not None:
             slots = [slots[base], *slots[:base], *slots[base + 1 :]]
         tensors = [slot.model.tensors[slot.name] for slot in slots]
+        if self.vocabulary is not None:
+            tensors = self.vocabulary.align([(slot.model, slot.name) for slot in slots])
         shapes = {tensor.spec.shape for tensor in tensors}
         if len(shapes) > 1:
             self._report_shapes(slots)
             return None
-        params = self._params(name, slots, shared, position)
+        params = self._params(name, slots, shared, position, first)
         if params is None:
             return None
         dtype = promote(tensor.spec.dtype for tensor in tensors)
-        expr: Expr = tensors[0].expr
+        expr = tensors[0].expr
         copied = self.word == "passthrough" and params["scale"] == (None,)
-        if not copied:
-            foreign = [t.spec.dtype for t in tensors if not t.spec.dtype.mergeable]
-            if foreign:
-                what = f"{name} is {foreign[0]}, which {self.word} cannot compute with"
-                self.findings.error(what, "Only floating-point tensors can be merged.", self.path)
+        alone = self.method.base == "required" and len(tensors) == 1
+        if not copied and not alone:
+            found = self._merged(name, tensors, params)
+            if found is None:
                 return None
-            problem = self.method.check(params) if self.method.check else ""
-            if problem:
-                self.findings.error(f"{problem} (first seen at {name})", path=self.path)
-                return None
-            expr = Merge(self.word, tuple(t.expr for t in tensors), tuple(params.items()))
+            expr = found
         if self.dtype and dtype.mergeable:
             dtype = BY_NAME[self.dtype]
         return PlannedTensor(name, TensorSpec(dtype, shapes.pop()), expr)
 
+    def _merged(
+        self, name: str, tensors: Sequence[PlannedTensor], params: dict[str, object]
+    ) -> Expr | None:
+        exprs = tuple(tensor.expr for tensor in tensors)
+        foreign = [tensor.spec.dtype for tensor in tensors if not tensor.spec.dtype.mergeable]
+        alike = len({tensor.spec.dtype for tensor in tensors}) == 1
+        if foreign and alike and not foreign[0].name.startswith("float"):
+            return Same(exprs) if len(exprs) > 1 else exprs[0]
+        if foreign:
+            what = f"{name} is {foreign[0]}, which {self.word} cannot compute with"
+            fix = "Only floating-point tensors, or equal integers, can be merged."
+            self.findings.error(what, fix, self.path)
+            return None
+        problem = self.method.check(params) if self.method.check else ""
+        if problem:
+            self.findings.error(f"{problem} (first seen at {name})", path=self.path)
+            return None
+        if self.method.random:
+            params["key"] = derive(*self.seed, name)
+        return Merge(self.word, exprs, tuple(params.items()))
+
     def _params(
-        self, name: str, slots: Sequence[Slot], shared: Sequence[Scope], position: float
+        self,
+        name: str,
+        slots: Sequence[Slot],
+        shared: Sequence[Scope],
+        position: float,
+        base_first: bool,
     ) -> dict[str, object] | None:
         params: dict[str, object] = {}
         for word, param in self.method.params.items():
             kind, default = param.kind, param.default
+            # A base that is used as one takes no values of such a parameter.
+            spared = base_first and param.scope == "non_base"
+            asked = slots[1:] if spared else slots
             try:
                 if param.scope == "shared":
                     values = [resolve(word, shared, name, position, kind, self.used)]
                 else:
                     values = [
                         resolve(word, (slot.own, *shared), slot.name, position, kind, self.used)
-                        for slot in slots
+                        for slot in asked
                     ]
             except ParameterError as error:
                 self.findings.error(str(error), path=getattr(error, "path", self.path))
                 return None
             if default is REQUIRED and None in values:
                 shares = param.scope == "shared"
-                self._report_missing(word, name, [] if shares else slots, values)
+                self._report_missing(word, name, [] if shares else asked, values)
                 return None
             filled = [default if value is None else value for value in values]
-            params[word] = filled[0] if param.scope == "shared" else tuple(filled)
+            if param.scope == "shared":
+                params[word] = filled[0]
+            else:
+                params[word] = (None, *filled) if spared else tuple(filled)
         return params
 
     def _report_missing(
@@ -192,8 +240,12 @@ class Combiner:
             if mine == theirs:
                 continue
             fix = "Merge only models of one size."
-            if mine[1:] == theirs[1:] and "embed" in first.name:
-                fix = "The vocabularies differ; use fine-tunes that kept the base's vocabulary."
+            if mine[1:] == theirs[1:] and is_vocabulary(first.model, first.name):
+                said = mismatch([slot.model for slot in slots])
+                if said and not any(finding.what == said[0] for finding in self.findings):
+                    self.findings.error(*said, self.path)
+                if said:
+                    continue
             path = slot.own.path[:-1]  # of the entry, not of its parameters
             # One message for each model is enough: the rest differs for the same reason.
             if path not in self._misfits:

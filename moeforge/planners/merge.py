@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moeforge.configs import Config, n_layers, portable
 from moeforge.errors import Path
-from moeforge.planners.combine import Combiner, Slot, missing_tensors
+from moeforge.planners.combine import Combiner, Seed, Slot, missing_tensors
 from moeforge.planners.model import (
     EMBEDDINGS,
     HEAD,
@@ -16,12 +16,29 @@ from moeforge.planners.model import (
     Model,
     differences,
 )
+from moeforge.planners.vocab import Vocabulary, plan_vocabulary
 from moeforge.plans import PlannedTensor
 from moeforge.recipe import MergeRecipe
 from moeforge.recipe.parameters import Scope
 
 Resolve = Callable[[Any, Path], "Model | None"]
 """Turns a model of the recipe into a Model; None where that failed and was reported."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a recipe around says of a merge or stack that is one module of it.
+
+    Attributes:
+        scopes: parameters that hold for all modules.
+        vocabulary: how tensors with a vocabulary axis are aligned.
+    """
+
+    scopes: tuple[Scope, ...] = ()
+    vocabulary: Vocabulary | None = None
+
+
+NOTHING = Around()
 
 
 def untie(models: Sequence[Model]) -> list[Model]:
@@ -78,22 +95,29 @@ def note_differences(donor: Model, others: Sequence[Model], notes: Findings, pat
 
 
 def plan_merge(
-    recipe: MergeRecipe, resolve: Resolve, path: Path, findings: Findings, notes: Findings
+    recipe: MergeRecipe,
+    resolve: Resolve,
+    path: Path,
+    findings: Findings,
+    notes: Findings,
+    seed: Seed,
+    around: Around = NOTHING,
 ) -> Model | None:
     """Plan a merge of whole models; None where something was found wrong."""
     before = len(findings)
-    models = [resolve(e.model, (*path, "models", i, "model")) for i, e in enumerate(recipe.models)]
+    entries = [entry.model for entry in recipe.models]
+    models = [resolve(entry, (*path, "models", i, "model")) for i, entry in enumerate(entries)]
     owns = [
         Scope(entry.parameters, (*path, "models", i, "parameters"))
         for i, entry in enumerate(recipe.models)
     ]
     base = None
     if recipe.base_model is not None:
-        named = [entry.model for entry in recipe.models]
-        if recipe.base_model in named:
-            base = named.index(recipe.base_model)
+        if recipe.base_model in entries:
+            base = entries.index(recipe.base_model)
         else:  # mergekit appends it as one more input, for every method
             base = len(models)
+            entries.append(recipe.base_model)
             models.append(resolve(recipe.base_model, (*path, "base_model")))
             owns.append(Scope({}, (*path, "base_model", "parameters")))
     for i, entry in enumerate(recipe.models):
@@ -102,7 +126,7 @@ def plan_merge(
             findings.error(what, "List it once, with its weights added up.", (*path, "models", i))
     scope = Scope(recipe.parameters, (*path, "parameters"))
     combiner = Combiner(
-        recipe.merge_method, recipe.out_dtype or recipe.dtype, path, findings, notes
+        recipe.merge_method, recipe.out_dtype or recipe.dtype, path, findings, notes, seed
     )
     combiner.check_scopes([scope], per_input=False)
     combiner.check_scopes(owns[: len(recipe.models)], per_input=True)
@@ -111,28 +135,78 @@ def plan_merge(
     if len(inputs) < len(models):
         return None
     donor = inputs[base if base is not None else 0]
-    others = [model for model in inputs if model is not donor]
-    note_differences(donor, others, notes, path)
+    _check_fit(donor, inputs, owns, findings, notes, path)
+    if len(findings) > before:
+        return None
+    combiner.vocabulary = around.vocabulary or plan_vocabulary(
+        recipe.vocabulary,
+        recipe.chat_template,
+        list(zip(entries, inputs, strict=True)),
+        donor,
+        resolve,
+        path,
+        findings,
+        notes,
+    )
+    if len(findings) > before:
+        return None
+    label, scopes = f"{recipe.merge_method} merge", [scope, *around.scopes]
+    return merged(label, combiner, donor, inputs, owns, scopes, base, findings)
+
+
+def _check_fit(
+    donor: Model,
+    inputs: Sequence[Model],
+    owns: Sequence[Scope],
+    findings: Findings,
+    notes: Findings,
+    path: Path,
+) -> None:
+    """Report models that one config cannot hold for."""
+    note_differences(donor, [model for model in inputs if model is not donor], notes, path)
     depths = {model.label: n_layers(model.config) for model in inputs}
     if len(set(depths.values())) > 1:
         said = ", ".join(f"{label} has {depth} layers" for label, depth in depths.items())
         findings.error(said, "Merge models of one depth, or stack them with slices.", path)
     for model, own in zip(inputs, owns, strict=True):
         same_shape(donor, model, findings, own.path[:-1])
-    if len(findings) > before:
-        return None
-    inputs = untie(inputs)
-    layers = inputs[0].layers
+
+
+def merged(
+    label: str,
+    combiner: Combiner,
+    donor: Model,
+    models: Sequence[Model],
+    owns: Sequence[Scope],
+    scopes: Sequence[Scope],
+    base: int | None,
+    findings: Findings,
+) -> Model:
+    """Return the merge of `models`, which fit together, tensor by tensor.
+
+    Args:
+        label: how messages call it.
+        combiner: merges each place.
+        donor: the model that config and tokenizer come from.
+        models: the inputs in the order of the recipe.
+        owns: parameters of each input alone.
+        scopes: parameters that hold for all inputs, most specific first.
+        base: index of the base among the inputs.
+        findings: gets what is wrong.
+    """
+    inputs = untie(models)
     tensors = []
-    for name in missing_tensors(inputs, findings, path):
-        place = layers.split(name)
-        position = (place[0] / (layers.count - 1) if layers.count > 1 else 1.0) if place else 0.0
+    for name in missing_tensors(inputs, findings, combiner.path):
         slots = [Slot(model, name, own) for model, own in zip(inputs, owns, strict=True)]
-        tensors.append(combiner.tensor(name, slots, [scope], base, position))
+        position = inputs[0].position(name)
+        tensors.append(combiner.tensor(name, slots, scopes, base, position))
     combiner.finish()
     planned = [tensor for tensor in tensors if tensor is not None]
-    config = finish_config(donor.config, planned)
-    return assemble(f"{recipe.merge_method} merge", config, planned, donor, inputs)
+    vocabulary = combiner.vocabulary
+    config = vocabulary.config(donor.config) if vocabulary else donor.config
+    change = vocabulary.change if vocabulary else donor.tokenizer
+    made = assemble(label, finish_config(config, planned), planned, donor, inputs)
+    return replace(made, tokenizer=change)
 
 
 def assemble(

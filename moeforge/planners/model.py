@@ -12,6 +12,7 @@ from moeforge.errors import Finding
 from moeforge.plans import Dequantize, PlannedTensor, Read
 from moeforge.sources import Source, quantized
 from moeforge.tensors import TensorSpec
+from moeforge.vocabulary.change import TokenizerChange
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -52,6 +53,7 @@ class Model:
         sources: every source that its expressions read.
         left_out: tensors of its checkpoint that knowingly have no place, with the reason.
         notes: what is worth knowing about how it is read.
+        tokenizer: how its tokenizer differs from the donor's; None if it does not.
     """
 
     label: str
@@ -61,6 +63,7 @@ class Model:
     sources: Mapping[str, Source]
     left_out: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[Finding, ...] = ()
+    tokenizer: TokenizerChange | None = None
 
     @property
     def tied(self) -> bool:
@@ -71,15 +74,36 @@ class Model:
     def layers(self) -> Layers:
         """The layers, found as the numbered tensors that are as many as the config says."""
         expected = n_layers(self.config)
-        found: dict[str, set[int]] = {}
-        for name in self.tensors:
-            match = _LAYER.match(name)
-            if match:
-                found.setdefault(match["stem"], set()).add(int(match["index"]))
-        for stem, indices in found.items():
-            if indices == set(range(len(indices))) and len(indices) == expected:
-                return Layers(stem, len(indices))
+        for stem, count in towers(self.tensors).items():
+            if count == expected:
+                return Layers(stem, count)
         return Layers("", 0)
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        """Layers by stem: of the one tower of layers, or of all in a model of several modules."""
+        layers = self.layers
+        return {layers.stem: layers.count} if layers.stem else towers(self.tensors)
+
+    def position(self, name: str) -> float:
+        """Return where tensor `name` lies for gradients, from 0 at its tower's first layer to 1.
+
+        Outside the layers it is 0; in a tower of one layer 1, as in mergekit.
+        """
+        match = _LAYER.match(name)
+        count = self._positions.get(match["stem"]) if match else None
+        if match is None or count is None:
+            return 0.0
+        return int(match["index"]) / (count - 1) if count > 1 else 1.0
+
+
+def towers(names: Iterable[str]) -> dict[str, int]:
+    """Return the number of layers below each stem that has them: numbered from zero, no gaps."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        if match := _LAYER.match(name):
+            found.setdefault(match["stem"], set()).add(int(match["index"]))
+    return {stem: len(i) for stem, i in found.items() if i == set(range(len(i)))}
 
 
 def from_source(source: Source) -> Model:

@@ -270,6 +270,7 @@ class _Assembly:
             sources,
             self.base.donor,
             experts,
+            self.base.tokenizer,
             self._left_out(),
             tuple(notes),
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from moeforge.configs import Config, LayerFieldError, restack
 from moeforge.errors import Path
-from moeforge.planners.combine import Combiner, Slot
+from moeforge.planners.combine import Combiner, Seed, Slot
 from moeforge.planners.merge import (
+    NOTHING,
+    Around,
     Resolve,
     assemble,
     finish_config,
@@ -17,6 +20,7 @@ from moeforge.planners.merge import (
     untie,
 )
 from moeforge.planners.model import Findings, Model, differences, is_input, listing, natural
+from moeforge.planners.vocab import plan_vocabulary
 from moeforge.plans import PlannedTensor, Read, walk
 from moeforge.recipe import Slice, StackRecipe
 from moeforge.recipe.parameters import Scope
@@ -76,7 +80,13 @@ def _check_ranges(
 
 
 def plan_stack(
-    recipe: StackRecipe, resolve: Resolve, path: Path, findings: Findings, notes: Findings
+    recipe: StackRecipe,
+    resolve: Resolve,
+    path: Path,
+    findings: Findings,
+    notes: Findings,
+    seed: Seed,
+    around: Around = NOTHING,
 ) -> Model | None:
     """Plan a stack of layer ranges; None where something was found wrong.
 
@@ -84,7 +94,7 @@ def plan_stack(
     """
     scope = Scope(recipe.parameters, (*path, "parameters"))
     combiner = Combiner(
-        recipe.merge_method, recipe.out_dtype or recipe.dtype, path, findings, notes
+        recipe.merge_method, recipe.out_dtype or recipe.dtype, path, findings, notes, seed
     )
     combiner.check_scopes([scope], per_input=False)
     global_base = (
@@ -114,7 +124,17 @@ def plan_stack(
         return None
     inputs = [model for part in parts for model in part.models]
     donor = global_base or inputs[0]
-    _check_sizes(donor, parts, findings)
+    combiner.vocabulary = around.vocabulary or plan_vocabulary(
+        recipe.vocabulary,
+        recipe.chat_template,
+        _entries(recipe, parts, global_base),
+        donor,
+        resolve,
+        path,
+        findings,
+        notes,
+    )
+    _check_sizes(donor, parts, findings, vocabulary=combiner.vocabulary is not None)
     if len(findings) > before:
         return None
     others = {model.label: model for model in inputs if model is not donor}
@@ -122,18 +142,33 @@ def plan_stack(
     by_label = {m.label: m for m in untie(list({m.label: m for m in (donor, *inputs)}.values()))}
     parts = [replace(part, models=[by_label[m.label] for m in part.models]) for part in parts]
     donor = by_label[donor.label]
-    stacker = _Stacker(combiner, scope, findings)
+    stacker = _Stacker(combiner, [scope, *around.scopes], findings)
     tensors = list(stacker.tensors(parts, donor.layers.stem))
     combiner.finish()
+    vocabulary = combiner.vocabulary
+    config = vocabulary.config(donor.config) if vocabulary else donor.config
     try:
-        config = restack(_with_layer_types(donor.config), _origins(parts))
+        config = restack(_with_layer_types(config), _origins(parts))
     except LayerFieldError as error:
         findings.error(str(error), "Stack models of one family and configuration.", path)
         return None
     config = finish_config(config, tensors)
     stacked = assemble("stack", config, tensors, donor, [donor, *inputs])
     unused = _unused(list(by_label.values()), tensors)
-    return replace(stacked, left_out={**stacked.left_out, **unused})
+    change = vocabulary.change if vocabulary else donor.tokenizer
+    return replace(stacked, tokenizer=change, left_out={**stacked.left_out, **unused})
+
+
+def _entries(
+    recipe: StackRecipe, parts: Sequence[_Part], base: Model | None
+) -> list[tuple[Any, Model]]:
+    """Return every input of the stack once, as the recipe names it and as the model it is."""
+    entries = [] if base is None else [(recipe.base_model, base)]
+    for part in parts:
+        for source, model in zip(part.entry.sources, part.models, strict=True):
+            if not any(source.model == entry for entry, _ in entries):
+                entries.append((source.model, model))
+    return entries
 
 
 def _origins(parts: Sequence[_Part]) -> list[tuple[Config, int]]:
@@ -145,13 +180,15 @@ def _origins(parts: Sequence[_Part]) -> list[tuple[Config, int]]:
     ]
 
 
-def _check_sizes(donor: Model, parts: Sequence[_Part], findings: Findings) -> None:
+def _check_sizes(
+    donor: Model, parts: Sequence[_Part], findings: Findings, *, vocabulary: bool
+) -> None:
     """Report models that one config cannot hold for, each once."""
     seen = {donor.label}
     for number, part in enumerate(parts):
         for i, model in enumerate(part.models):
             here = (*part.path, "sources", i)
-            if number in (0, len(parts) - 1):
+            if number in (0, len(parts) - 1) and not vocabulary:
                 for sentence in differences(donor, model, ("vocab_size",)).values():
                     fix = "The first slice brings the embeddings, the last the head: use one size."
                     findings.error(sentence, fix, here)
@@ -169,9 +206,9 @@ def _check_sizes(donor: Model, parts: Sequence[_Part], findings: Findings) -> No
 class _Stacker:
     """Makes the tensors of a stack whose slices are known to fit."""
 
-    def __init__(self, combiner: Combiner, scope: Scope, findings: Findings) -> None:
+    def __init__(self, combiner: Combiner, scopes: Sequence[Scope], findings: Findings) -> None:
         self._combiner = combiner
-        self._scope = scope
+        self._scopes = scopes
         self._findings = findings
 
     def tensors(self, parts: Sequence[_Part], stem: str) -> Iterator[PlannedTensor]:
@@ -214,7 +251,7 @@ class _Stacker:
     def _tensor(
         self, name: str, inputs: Sequence[str], part: _Part, position: float
     ) -> Iterator[PlannedTensor]:
-        scopes = [part.scope, self._scope]
+        scopes = [part.scope, *self._scopes]
         tensor = self._combiner.tensor(name, part.slots(inputs), scopes, part.base, position)
         if tensor is not None:
             yield tensor

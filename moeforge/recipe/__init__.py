@@ -14,8 +14,12 @@ from moeforge.recipe import document, prompts
 from moeforge.recipe.document import Document
 from moeforge.recipe.prompts import Prompt
 from moeforge.recipe.schema import (
+    Adapter,
+    Combination,
     Expert,
     MergeRecipe,
+    Module,
+    ModulesRecipe,
     MoeRecipe,
     Recipe,
     Reference,
@@ -27,10 +31,14 @@ from moeforge.recipe.schema import (
 )
 
 __all__ = [
+    "Adapter",
+    "Combination",
     "Document",
     "Expert",
     "LoadedRecipe",
     "MergeRecipe",
+    "Module",
+    "ModulesRecipe",
     "MoeRecipe",
     "Prompt",
     "Recipe",

@@ -15,6 +15,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from moeforge import catalog, tensors
@@ -22,44 +23,109 @@ from moeforge.errors import closest
 from moeforge.recipe.document import unknown
 from moeforge.recipe.parameters import Condition, Parameters
 from moeforge.recipe.strict import Strict, show, wrong
+from moeforge.recipe.vocabulary import VocabularyKeys
 
 # --- where a model may stand ---------------------------------------------------------------------
+
+
+class Adapter(Strict):
+    """A LoRA adapter: a local folder or a repository on the Hugging Face Hub.
+
+    Attributes:
+        model: path, relative to the recipe or to the working directory, or a Hub id.
+        revision: branch, tag or commit on the Hub.
+    """
+
+    model: str = Field(min_length=1)
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.model + (f"@{self.revision}" if self.revision else "")
+
+
+def _parse_adapter(value: Any) -> Any:
+    return _path_and_revision(value) if isinstance(value, str) else value
 
 
 class Reference(Strict):
     """A checkpoint: a local folder or a repository on the Hugging Face Hub.
 
     Attributes:
-        model: path, relative to the recipe or to the working directory, or a Hub id.
+        model: path, relative to the recipe or to the working directory, or a Hub id; where there is
+            an adapter, it may also be an inline recipe.
         revision: branch, tag or commit on the Hub.
         subfolder: folder inside the repository or path that holds config.json.
+        lora: adapter that is applied to it.
+        override_architecture: what config.json's `architectures` is taken to say.
     """
 
-    not_yet = ("lora", "override_architecture")
-
-    model: str = Field(min_length=1)
+    model: Any
     revision: str | None = None
     subfolder: str | None = None
+    lora: Annotated[Adapter | None, BeforeValidator(_parse_adapter)] = None
+    override_architecture: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelling(cls, data: Any) -> Any:
+        """Take apart `{model: path@revision}` and `{model: {path, revision}}`, as mergekit does."""
+        inner = data.get("model") if isinstance(data, dict) else None
+        if isinstance(inner, str) and "@" in inner and not data.get("revision"):
+            return {**data, **_path_and_revision(inner)}
+        if isinstance(inner, dict) and set(inner) <= {"path", "revision"} and "path" in inner:
+            if data.get("revision") and inner.get("revision"):
+                raise wrong("the revision is given twice")
+            revision = inner.get("revision") or data.get("revision")
+            return {**data, "model": inner["path"], "revision": revision}
+        return data
+
+    @field_validator("model")
+    @classmethod
+    def _text_or_recipe(cls, value: Any) -> Any:
+        if isinstance(value, str) and value:
+            return value
+        if isinstance(value, dict):
+            inline = _parse_model(value)
+            if isinstance(inline, Recipe):
+                return inline
+        if isinstance(value, Recipe):
+            return value
+        raise wrong(f"expected a path or Hub id, got {show(value)}")
+
+    @model_validator(mode="after")
+    def _recipe_has_no_place(self) -> Reference:
+        if isinstance(self.model, Recipe) and (self.revision or self.subfolder):
+            raise wrong("an inline recipe has no revision and no subfolder")
+        return self
 
     def __str__(self) -> str:
+        if isinstance(self.model, Recipe):
+            return f"inline recipe+{self.lora}" if self.lora else "inline recipe"
         revision = f"@{self.revision}" if self.revision else ""
-        return "/".join(filter(None, (self.model, self.subfolder))) + revision
+        path = "/".join(filter(None, (self.model, self.subfolder))) + revision
+        return f"{path}+{self.lora}" if self.lora else path
+
+
+def _path_and_revision(text: str) -> dict[str, Any]:
+    path, at, revision = text.partition("@")
+    if not path or "@" in revision or (at and not revision):
+        raise wrong(f'"{text}" is not of the form path-or-id[@revision]')
+    return {"model": path, "revision": revision or None}
 
 
 def _parse_model(value: Any) -> Any:
-    """Turn `path-or-id[@revision]`, a mapping or an inline recipe into its model."""
+    """Turn `path-or-id[@revision][+lora[@revision]]`, a mapping or a recipe into its model."""
     if isinstance(value, Strict):
         return value
     if isinstance(value, str):
-        path, at, revision = value.partition("@")
-        if "+" in value:
+        text, plus, lora = value.partition("+")
+        if plus and (not lora or "+" in lora):
             raise wrong(
-                f'"{value}" names a LoRA adapter after "+", which this version of moeforge does '
-                "not apply; merge the adapter into its base first"
+                f'"{value}" is not of the form model+adapter; a path with a plus in it is written '
+                "{model: path}"
             )
-        if not path or "@" in revision or (at and not revision):
-            raise wrong(f'"{value}" is not of the form path-or-id[@revision]')
-        return Reference(model=path, revision=revision or None)
+        adapter = Adapter(**_path_and_revision(lora)) if plus else None
+        return Reference(**_path_and_revision(text), lora=adapter)
     if isinstance(value, dict):
         if "merge_method" in value or any(key in value for key in KINDS):
             inline = parse_kind(value)
@@ -71,7 +137,7 @@ def _parse_model(value: Any) -> Any:
 
 
 Model = Annotated[Any, BeforeValidator(_parse_model)]
-"""A `Reference`, or an inline `MergeRecipe` or `StackRecipe`."""
+"""A `Reference`, or an inline `MergeRecipe`, `StackRecipe` or `ModulesRecipe`."""
 
 
 # --- words from the shelves ----------------------------------------------------------------------
@@ -105,9 +171,14 @@ def _dtype(word: str) -> str:
 
 
 def _range(value: Any) -> Any:
-    if not isinstance(value, list) or len(value) != 2:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise wrong(f"expected [start, end], the end exclusive, got {show(value)}")
     return value
+
+
+def _nothing(value: Any) -> Any:
+    """Take an empty `parameters:` for none, as YAML writes it."""
+    return {} if value is None else value
 
 
 MethodName = Annotated[str, AfterValidator(_method)]
@@ -116,6 +187,7 @@ LayerRange = Annotated[tuple[int, int], BeforeValidator(_range)]
 Text = Annotated[str, Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Settings = Annotated[Parameters, BeforeValidator(_nothing)]
 
 
 # --- merges and stacks ---------------------------------------------------------------------------
@@ -125,7 +197,7 @@ class MergeInput(Strict):
     """One entry of `models`."""
 
     model: Model
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: Settings = Field(default_factory=dict)
 
 
 class SliceSource(Strict):
@@ -133,17 +205,20 @@ class SliceSource(Strict):
 
     model: Model
     layer_range: LayerRange
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: Settings = Field(default_factory=dict)
 
 
 class Slice(Strict):
-    """A run of output layers, merged from equally long layer ranges of one or more models."""
+    """A run of output layers, merged from equally long layer ranges of one or more models.
 
-    not_yet = ("residual_weight",)
+    Attributes:
+        residual_weight: accepted because mergekit does, and without effect there too.
+    """
 
+    residual_weight: float | None = None
     sources: tuple[SliceSource, ...] = Field(min_length=1)
     base_model: Model | None = None
-    parameters: Parameters = Field(default_factory=dict)
+    parameters: Settings = Field(default_factory=dict)
 
 
 class Recipe(Strict):
@@ -159,28 +234,53 @@ class Recipe(Strict):
     evaluate: dict[str, str] = Field(default_factory=dict)
 
 
-class MergeRecipe(Recipe):
-    """A merge of whole models, tensor by tensor."""
+class Combination(Recipe, VocabularyKeys):
+    """What merges and stacks share.
 
-    not_yet = ("modules", "tokenizer", "tokenizer_source", "chat_template")
+    Attributes:
+        seed: what random masks follow from. An inline recipe without one has its own masks all the
+            same: they follow from the outer recipe's seed and its place there.
+    """
+
+    base_model: Model | None = None
+    parameters: Settings = Field(default_factory=dict)
+    out_dtype: DTypeName | None = None
+    seed: Seed | None = None
+
+
+class MergeRecipe(Combination):
+    """A merge of whole models, tensor by tensor."""
 
     merge_method: MethodName
     models: tuple[MergeInput, ...] = Field(min_length=1)
-    base_model: Model | None = None
-    parameters: Parameters = Field(default_factory=dict)
-    out_dtype: DTypeName | None = None
 
 
-class StackRecipe(Recipe):
+class StackRecipe(Combination):
     """A stack of layer ranges ("frankenmerge")."""
-
-    not_yet = ("modules", "tokenizer", "tokenizer_source", "chat_template")
 
     slices: tuple[Slice, ...] = Field(min_length=1)
     merge_method: MethodName = "passthrough"
-    base_model: Model | None = None
-    parameters: Parameters = Field(default_factory=dict)
-    out_dtype: DTypeName | None = None
+
+
+class Module(Strict):
+    """What one module of a model of several is made of: `models` or `slices`."""
+
+    models: tuple[MergeInput, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    parameters: Settings = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Module:
+        if bool(self.models) == bool(self.slices):
+            raise wrong("a module has either models or slices")
+        return self
+
+
+class ModulesRecipe(Combination):
+    """A merge that says for each module (text decoder, vision tower, …) how it is made."""
+
+    merge_method: MethodName
+    modules: dict[str, Module] = Field(min_length=1)
 
 
 # --- mixtures of experts -------------------------------------------------------------------------
@@ -243,6 +343,7 @@ KINDS: dict[str, type[Recipe]] = {
     "experts": MoeRecipe,
     "slices": StackRecipe,
     "models": MergeRecipe,
+    "modules": ModulesRecipe,
 }
 """Which kind of recipe it is follows from its keys."""
 
@@ -253,21 +354,21 @@ def parse_kind(data: dict[str, Any]) -> Recipe:
     Raises:
         ValidationError: with every mistake.
     """
+    # mergekit takes an empty list for a key that is not there.
+    data = {
+        key: value for key, value in data.items() if key not in KINDS or value or key == "experts"
+    }
     present = [key for key in KINDS if key in data]
-    if not present and "modules" not in data:
+    if not present:
         # Guess the kind from a misspelt key, so that the message can name the right word.
         fields = {name for kind in KINDS.values() for name in (*kind.model_fields, *kind.not_yet)}
         present = [found for key in data if key not in fields and (found := closest(key, KINDS))]
     if len(present) == 1:
         return KINDS[present[0]].model_validate(data)
-    path: tuple[str, ...] = ()
-    if "modules" in data:
-        message, path = '"modules" is not supported by this version of moeforge', ("modules",)
-    else:
-        got = f"got {' and '.join(present)}" if present else "got none of them"
-        message = f"a recipe has exactly one of the keys {', '.join(KINDS)}; {got}"
+    got = f"got {' and '.join(present)}" if present else "got none of them"
+    message = f"a recipe has exactly one of the keys {', '.join(KINDS)}; {got}"
     raise ValidationError.from_exception_data(
-        "Recipe", [{"type": wrong(message), "loc": path, "input": None}]
+        "Recipe", [{"type": wrong(message), "loc": (), "input": None}]
     )
 
 

@@ -1,0 +1,183 @@
+"""Owns expressions that are computed in whole rows: adapters, float8 and gathered vocabularies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moeforge.engine.dequantize import dequantized_rows
+from moeforge.engine.lora import adapted_rows
+from moeforge.methods import BLOCK
+from moeforge.plans import Dequantize, Expr, Gather, Lora, RowTable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moeforge.engine.evaluate import Evaluator
+
+
+@dataclass
+class Whole:
+    """What is known of whole tensors while one output tensor is made; shared by the workers.
+
+    Attributes:
+        stats: what measurements returned, by id of the expression.
+    """
+
+    stats: dict[int, Any] = field(default_factory=dict)
+    _held: dict[Any, Any] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what stands under `key`, made by the first who asks."""
+        with self._lock:
+            if key not in self._held:
+                self._held[key] = make()
+            return self._held[key]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.stats.clear()
+        self._held.clear()
+
+
+def evaluate(
+    worker: Evaluator,
+    node: Lora | Dequantize | Gather,
+    working: torch.dtype,
+    whole: Whole,
+    start: int,
+    count: int,
+) -> Tensor:
+    """Return elements [start, start + count) of `node`, in memory of their own."""
+    if isinstance(node, Gather):
+        return _gather(worker, node, working, whole, start, count)
+    columns = worker.plan.shape(node)[-1]
+    total = worker.plan.shape(node)[0]
+    # Always the same groups of rows: a matrix product may depend on how many it is made for.
+    group = max(1, BLOCK // max(columns, 1))
+    first = start // columns // group * group if columns else 0
+    end = min(-(-(start + count) // columns) if columns else 0, total)
+    parts = [
+        _rows(worker, node, working, whole, low, min(low + group, total) - low)
+        for low in range(first, end, group)
+    ]
+    if not parts:
+        return torch.empty(0, dtype=working)
+    return torch.cat(parts).flatten()[start - first * columns :][:count]
+
+
+def _rows(
+    worker: Evaluator,
+    node: Lora | Dequantize,
+    working: torch.dtype,
+    whole: Whole,
+    first: int,
+    count: int,
+) -> Tensor:
+    """Return rows [first, first + count) of `node`, [count, columns]."""
+    shape = worker.plan.shape(node)
+    matrix = node.weight if isinstance(node, Lora) else node.codes
+    part = worker.evaluate(matrix, working, whole, first * shape[-1], count * shape[-1])
+    part = part.view(count, shape[-1])
+
+    def held(expr: Expr) -> Tensor:
+        def make() -> Tensor:
+            size = worker.plan.shape(expr)
+            numel = torch.Size(size).numel()
+            mark = worker.mark()
+            tensor = worker.evaluate(expr, working, whole, 0, numel).clone().view(size)
+            worker.release(mark)
+            return tensor
+
+        found: Tensor = whole.get(expr, make)
+        return found
+
+    if isinstance(node, Dequantize):
+        return dequantized_rows(part, first, shape[0], held(node.scale)).clone()
+    magnitude = held(node.magnitude) if node.magnitude else None
+    return adapted_rows(node, part, first, held(node.a), held(node.b), magnitude).clone()
+
+
+def _gather(
+    worker: Evaluator, node: Gather, working: torch.dtype, whole: Whole, start: int, count: int
+) -> Tensor:
+    width = torch.Size(worker.plan.shape(node)[1:]).numel()
+    first, last = start // width, -(-(start + count) // width)
+    result = torch.empty(last - first, width, dtype=working)
+    known = len(node.table.source)
+
+    def fill(low: int, high: int) -> None:
+        """Write rows [low, high) of the table."""
+        for begin, end, source, row in _runs(node.table, low, high):
+            target = result[begin - first : end - first]
+            if source == RowTable.ZERO:
+                target.zero_()
+            elif source == RowTable.MEAN:
+                pairs = node.table.means[row]
+                parts = [
+                    _row(worker, node.inputs[i], working, whole, r, 1, width) for i, r in pairs
+                ]
+                target.copy_(torch.stack(parts).mean(0))
+            else:
+                target.copy_(
+                    _row(worker, node.inputs[source], working, whole, row, end - begin, width)
+                )
+
+    fill(first, min(last, known))
+    if last > known:
+        mean = whole.get((id(node), "mean"), lambda: _mean(worker, node, working, whole, width))
+        result[max(known - first, 0) :] = mean
+    return result.flatten()[start - first * width :][:count]
+
+
+def _row(
+    worker: Evaluator,
+    expr: Expr,
+    working: torch.dtype,
+    whole: Whole,
+    row: int,
+    count: int,
+    width: int,
+) -> Tensor:
+    mark = worker.mark()
+    found = worker.evaluate(expr, working, whole, row * width, count * width).clone()
+    worker.release(mark)
+    return found.view(count, width)
+
+
+def _mean(
+    worker: Evaluator, node: Gather, working: torch.dtype, whole: Whole, width: int
+) -> Tensor:
+    """Return the mean of all rows of the table, added up in float64 in their order."""
+    known = len(node.table.source)
+    total = torch.zeros(width, dtype=torch.float64)
+    step = max(1, BLOCK // width)
+    for low in range(0, known, step):
+        rows = min(step, known - low)
+        part = _gather(worker, node, working, whole, low * width, rows * width)
+        total += part.view(rows, width).double().sum(0)
+    return (total / max(known, 1)).to(working)
+
+
+def _runs(table: RowTable, low: int, high: int) -> list[tuple[int, int, int, int]]:
+    """Return begin, end, source and first row of each run of rows that lie together in a source."""
+    import numpy as np
+
+    if low >= high:
+        return []
+    source, row = np.asarray(table.source)[low:high], np.asarray(table.row)[low:high]
+    steps = (source[1:] != source[:-1]) | (
+        (row[1:] != row[:-1] + 1) & (source[1:] != RowTable.ZERO)
+    )
+    steps |= source[1:] == RowTable.MEAN
+    borders = [0, *(np.flatnonzero(steps) + 1).tolist(), high - low]
+    return [
+        (low + begin, low + end, int(source[begin]), int(row[begin]))
+        for begin, end in pairwise(borders)
+    ]

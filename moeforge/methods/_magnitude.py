@@ -1,0 +1,73 @@
+"""Owns sparsifying by magnitude: which deltas of a tensor are the large ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moeforge.methods import Measurement, Params, Place
+from moeforge.methods._select import cuts
+from moeforge.methods._task import deltas, densities
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def find_cuts(
+    params: Params, place: Place, wanted: Callable[[int, int], Sequence[int]]
+) -> Measurement:
+    """Return the cuts of each delta whose density is below one, by its index.
+
+    Args:
+        params: with the densities.
+        place: shape of the whole tensor.
+        wanted: (index of the delta, number of elements) -> how many of the largest to tell apart.
+    """
+    sparse = [i for i, share in enumerate(densities(params)) if share < 1]
+
+    def magnitudes(tensors: Sequence[Tensor], here: Place) -> list[Tensor]:
+        chosen = [tensors[0], *(tensors[i + 1] for i in sparse)]
+        return [delta.abs_() for delta in deltas(chosen)]
+
+    counts = [wanted(i, place.numel) for i in sparse]
+    found = yield from cuts(magnitudes, counts, place)
+    return dict(zip(sparse, found, strict=True))
+
+
+def trim(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> Tensor:
+    """Keep the largest share `density` of a delta; at least one element if it is above zero."""
+    (cut,) = found[index]
+    return delta.mul_(cut(delta.abs(), place.start))
+
+
+def find_largest(params: Params, place: Place) -> Measurement:
+    """Return the cut of each sparse delta for `trim`."""
+
+    def wanted(index: int, numel: int) -> list[int]:
+        density = densities(params)[index]
+        return [max(1, int(density * numel)) if density > 0 else 0]
+
+    return (yield from find_cuts(params, place, wanted))
+
+
+def drop_outliers(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> Tensor:
+    """Keep a share `density` of a delta below its largest share `gamma`."""
+    inner, outer = found[index]
+    magnitudes = delta.abs()
+    kept = inner(magnitudes, place.start).sub_(outer(magnitudes, place.start))
+    return delta.mul_(kept)
+
+
+def find_window(params: Params, place: Place) -> Measurement:
+    """Return the two cuts of each sparse delta for `drop_outliers`.
+
+    Where gamma exceeds 1 − density there are not enough elements below the outliers, and the window
+    is at the lower end: the smallest are kept, as in mergekit.
+    """
+
+    def wanted(index: int, numel: int) -> list[int]:
+        keep = int(densities(params)[index] * numel)
+        dropped = max(0, numel - keep - int(params["gamma"][index + 1] * numel))
+        return [numel - dropped, numel - dropped - keep]
+
+    return (yield from find_cuts(params, place, wanted))

@@ -1,0 +1,66 @@
+"""Owns random draws that follow from a key and the number of the element alone.
+
+The same element gets the same draw whatever the threads, slices or order. splitmix64 of a counter
+(Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) gives four draws
+of 16 bits each, so probabilities are rounded to multiples of 2⁻¹⁶.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from moeforge.methods import Params, Place
+from moeforge.methods._task import densities
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def derive(*parts: object) -> int:
+    """Return a key of 64 bits for `parts`, such as seed, tensor and input."""
+    text = "\0".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def draws(key: int, start: int, count: int) -> Any:
+    """Return the draws of elements [start, start + count): a numpy array of int16, uniform."""
+    import numpy as np
+
+    first = start // 4
+    words = np.arange(first, (start + count + 3) // 4, dtype=np.uint64)
+    words *= np.uint64(_GOLDEN)
+    words += np.uint64((key + _GOLDEN) & _MASK)
+    scratch = np.empty_like(words)
+    for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
+        np.right_shift(words, np.uint64(shift), out=scratch)
+        words ^= scratch
+        words *= np.uint64(factor)
+    np.right_shift(words, np.uint64(31), out=scratch)
+    words ^= scratch
+    begin = start - 4 * first
+    return words.astype("<u8", copy=False).view("<i2")[begin : begin + count]
+
+
+def drop(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> Tensor:
+    """Set elements of a delta to zero in place; each is kept with probability `density`.
+
+    Source: Yu et al., "Language models are super Mario" (DARE), arXiv 2311.03099.
+    """
+    import numpy as np
+    import torch
+
+    bound = round(max(densities(params)[index], 0.0) * 2**16)
+    if bound >= 2**16:
+        return delta
+    drawn = draws(derive(params["key"], index), place.start, delta.numel())
+    kept = drawn < np.int16(bound - 2**15)
+    if delta.device.type != "cpu":
+        return delta.mul_(torch.from_numpy(kept).to(delta.device))
+    values = delta.numpy()
+    np.multiply(values, kept, out=values)
+    return delta

@@ -1,0 +1,64 @@
+"""Owns DELLA's thinning: within each row, the larger a delta the likelier it is kept.
+
+Source: Deep et al., "DELLA-Merging", arXiv 2406.11617. In memory: the rows of one block, as keys of
+eight bytes, and their sorted copy; only rows are sorted, never a tensor.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from moeforge.methods import Params, Place
+from moeforge.methods._random import derive, draws
+from moeforge.methods._task import densities
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check(params: Params) -> str:
+    """Refuse probabilities outside of 0 to 1."""
+    for density, epsilon in zip(densities(params), params["epsilon"][1:], strict=True):
+        if 0 < density < 1 and not (epsilon < density < 1 - epsilon):
+            return f"density ± epsilon must lie between 0 and 1, here {density} ± {epsilon}"
+    return ""
+
+
+@lru_cache(maxsize=64)
+def _ranks_needed(density: float, epsilon: float, row: int) -> Any:
+    """Return for each draw of 16 bits the rank (from 0) from which on an element is kept.
+
+    An element of rank r among n is kept with probability density − ε + 2ε·r/(n−1). Rank `row`
+    means never. An int32 array [2¹⁶], indexed by the draw as an unsigned number.
+    """
+    import numpy as np
+
+    span = 2 * epsilon / (row - 1) if row > 1 else 0.0
+    lowest = density - epsilon if row > 1 else density
+    kept_below = np.round((lowest + span * np.arange(row)) * 2**16)
+    return np.searchsorted(kept_below, np.arange(2**16), side="right").astype(np.int32)
+
+
+def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> Tensor:
+    """Set elements of whole rows to zero, the likelier the smaller they are in their row.
+
+    Ranks go by magnitude in float32; equal magnitudes rank by position. A row of one element is
+    kept with probability `density`.
+    """
+    import numpy as np
+    import torch
+
+    density, epsilon = densities(params)[index], params["epsilon"][index + 1]
+    if density <= 0:
+        return delta.zero_()
+    row = place.row
+    bits = delta.abs().float().cpu().numpy().view(np.int32).reshape(-1, row)
+    # One key per element, in the order of magnitude and then of position.
+    keys = (bits.astype(np.int64) << 32) | np.arange(row, dtype=np.int64)
+    never = np.full((len(keys), 1), np.iinfo(np.int64).max)
+    ordered = np.concatenate([np.sort(keys, axis=1), never], axis=1)
+    drawn = draws(derive(params["key"], index), place.start, delta.numel()).astype(np.int64) + 2**15
+    needed = _ranks_needed(density, epsilon, row)[drawn].reshape(-1, row)
+    kept = keys >= np.take_along_axis(ordered, needed, axis=1)
+    return delta.mul_(torch.from_numpy(kept.reshape(-1)).to(delta.device))

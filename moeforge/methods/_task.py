@@ -1,0 +1,194 @@
+"""Owns task arithmetic: sparsified, weighted differences from a base, summed and added to it.
+
+Source: Ilharco et al., "Editing models with task arithmetic", arXiv 2212.04089; the election of
+signs is that of Yadav et al., "TIES-Merging", arXiv 2306.01708. Details follow mergekit, so that
+its recipes mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moeforge.methods import REQUIRED, Measurement, Method, Param, Params, Place
+from moeforge.methods._sums import absolute, total
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Sparsify = Callable[[int, "Tensor", Params, Any, Place], "Tensor"]
+"""(index among the models that are not the base, delta, params, what `find` returned, place) ->
+the delta with its small or unlucky elements set to zero; may overwrite it."""
+Find = Callable[[Params, Place], Measurement]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What is known of whole tensors.
+
+    Attributes:
+        found: what the sparsifier must know, such as thresholds.
+        factors: for each delta, what its kept elements are multiplied with.
+    """
+
+    found: Any
+    factors: tuple[float, ...]
+
+
+_TINY = 1e-7
+"""Sums of magnitudes below this are not rescaled, as in mergekit."""
+
+
+def densities(params: Params) -> tuple[float, ...]:
+    """Return the density of each model that is not the base."""
+    return tuple(params["density"][1:])
+
+
+def deltas(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the differences from the first tensor, in the others' memory."""
+    base, *others = tensors
+    return [tensor.sub_(base) for tensor in others]
+
+
+def majority(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sign of the sum of `parts`, element by element: 1 or −1, 1 for zero."""
+    import torch
+
+    sign = parts[0].clone()
+    for part in parts[1:]:
+        sign.add_(part)
+    # In floats throughout: comparisons into bools and selections by them are far slower.
+    torch.ge(sign, 0.0, out=sign)
+    return sign.mul_(2.0).sub_(1.0)
+
+
+def elect(parts: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+    """Return the sum of those of `parts` that have the sign of their sum, element by element.
+
+    With `normalize` it is divided by the sum of the weights of the parts that take part. Overwrites
+    `parts`.
+    """
+    import torch
+
+    sign = majority(parts)
+    result = torch.zeros_like(sign)
+    divisor = torch.zeros_like(sign) if normalize else None
+    for part, weight in zip(parts, weights, strict=True):
+        agreeing = part.mul_(sign).clamp_(min=0.0)
+        result.add_(agreeing)
+        if divisor is not None:
+            divisor.add_(agreeing.sign_(), alpha=weight)
+    result.mul_(sign)
+    if divisor is not None:
+        nobody = torch.eq(divisor, 0.0, out=sign)
+        result.div_(divisor.add_(nobody))
+    return result
+
+
+def _sum(parts: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+    result = parts[0]
+    for part in parts[1:]:
+        result.add_(part)
+    divisor = sum(weights)
+    return result.div_(divisor) if normalize and abs(divisor) >= 1e-8 else result
+
+
+def _keep(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> Tensor:
+    return delta
+
+
+def _nothing(params: Params, place: Place) -> Measurement:
+    return None
+    yield  # a generator without scans
+
+
+def task_method(
+    title: str,
+    paper: str,
+    *,
+    sparsify: Sparsify = _keep,
+    find: Find = _nothing,
+    consensus: bool = False,
+    normalize: bool = False,
+    rescale: bool = False,
+    rows: bool = False,
+    random: bool = False,
+    more: Mapping[str, Param] | None = None,
+    check: Callable[[Params], str] | None = None,
+) -> Method:
+    """Return a method of the task arithmetic family.
+
+    Args:
+        title: name for people.
+        paper: where it comes from.
+        sparsify: what becomes of a delta whose density is below one.
+        find: what the sparsifier must know first.
+        consensus: elect signs.
+        normalize: default of the parameter: divide by the sum of weights.
+        rescale: default of the parameter: give the kept elements the L1 norm of all.
+        rows: whether the sparsifier needs whole rows.
+        random: whether it draws.
+        more: parameters beyond those of the family.
+        check: as in Method.
+    """
+
+    def sparsified(
+        tensors: Sequence[Tensor], params: Params, found: Any, place: Place
+    ) -> list[Tensor]:
+        shares = densities(params)
+        return [
+            sparsify(i, delta, params, found, place) if shares[i] < 1 else delta
+            for i, delta in enumerate(deltas(tensors))
+        ]
+
+    def measure(params: Params, place: Place) -> Measurement:
+        shares = densities(params)
+        found = (yield from find(params, place)) if any(s < 1 for s in shares) else None
+        factors = [1.0] * len(shares)
+        if params["rescale"] and sparsify is not _keep and any(0 < s < 1 for s in shares):
+
+            def look(tensors: Sequence[Tensor], here: Place) -> list[tuple[float, ...]]:
+                whole = [absolute(delta) for delta in deltas([t.clone() for t in tensors])]
+                kept = [absolute(delta) for delta in sparsified(tensors, params, found, here)]
+                return list(zip(*whole, *kept, strict=True))
+
+            sums = yield from total(look)
+            whole, kept = sums[: len(shares)], sums[len(shares) :]
+            factors = [
+                a / b if a >= _TINY and b >= _TINY else 1.0
+                for a, b in zip(whole, kept, strict=True)
+            ]
+        return Stats(found, tuple(factors))
+
+    def merge(tensors: Sequence[Tensor], params: Params, stats: Stats, place: Place) -> Tensor:
+        base = tensors[0]
+        weights = params["weight"][1:]
+        parts = sparsified(tensors, params, stats.found, place)
+        for part, weight, factor in zip(parts, weights, stats.factors, strict=True):
+            if weight * factor != 1.0:
+                part.mul_(weight * factor)
+        combine = elect if consensus else _sum
+        result = combine(parts, weights, normalize=params["normalize"])
+        return base.add_(result, alpha=params["lambda"])
+
+    return Method(
+        title=title,
+        merge=merge,
+        params={
+            "weight": Param(float, REQUIRED, "non_base"),
+            "density": Param(float, 1.0, "non_base", unused=sparsify is _keep),
+            **(more or {}),
+            "normalize": Param(bool, normalize),
+            "rescale": Param(bool, rescale, unused=sparsify is _keep),
+            "lambda": Param(float, 1.0),
+            "int8_mask": Param(bool, False, unused=True),
+        },
+        inputs=(1, None),
+        base="required",
+        measure=measure,
+        rows=lambda params: rows and any(share < 1 for share in densities(params)),
+        random=random,
+        check=check,
+        paper=paper,
+    )

@@ -1,0 +1,14 @@
+"""dare_linear: the base plus randomly thinned differences from it, rescaled."""
+
+from __future__ import annotations
+
+from moeforge.methods._random import drop
+from moeforge.methods._task import task_method
+
+METHOD = task_method(
+    "Linear DARE",
+    "https://arxiv.org/abs/2311.03099",
+    sparsify=drop,
+    rescale=True,
+    random=True,
+)
