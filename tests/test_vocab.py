@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from moeforge.errors import SourceError
+import moeforge
+from moeforge.errors import PlanError, SourceError
 from moeforge.planners.model import Findings, from_source
 from moeforge.planners.vocab import is_vocabulary, mismatch, plan_vocabulary
 from moeforge.plans import Gather, Read, RowTable
@@ -666,3 +668,130 @@ def test_a_template_and_a_tokenizer_together(three, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == chat.built_in("chatml")
     assert len(tokenizer.get_vocab()) == len(UNION)
+
+
+# --- whole builds --------------------------------------------------------------------------------
+
+
+def built(recipe, tmp_path):
+    """Build; return the tensors, the tokenizer and the config of the output, which must load."""
+    out = tmp_path / "built"
+    moeforge.build(recipe, out, overwrite=True)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.tensor([sorted(tokenizer.get_vocab().values())])
+    assert torch.isfinite(model(ids).logits).all()
+    assert model(ids).logits.shape[-1] == model.config.vocab_size
+    tensors = {n: t.double().numpy() for n, t in load_file(out / "model.safetensors").items()}
+    return tensors, tokenizer, json.loads((out / "config.json").read_text())
+
+
+def linear(folders, weights, **keys):
+    inputs = [
+        {"model": str(f), "parameters": {"weight": w}}
+        for f, w in zip(folders, weights, strict=True)
+    ]
+    base = {"base_model": str(folders[0])}
+    return {"merge_method": "linear", "models": inputs, **base, "dtype": "float64", **keys}
+
+
+def close(found, wanted):
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_build_a_union(three, tmp_path):
+    weights = (0.5, 0.3, 0.2)
+    recipe = linear(three, weights, tokenizer={"source": "union", "pad_to_multiple_of": 4})
+    tensors, tokenizer, config = built(recipe, tmp_path)
+    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(UNION)}
+    assert config["vocab_size"] == 8
+    plan = Planned(three, {})
+    for name in (EMBED, HEAD):
+        aligned = [[*rows, rows.mean(axis=0)] for rows in expected(plan, name, UNION)]
+        close(tensors[name], sum(w * np.array(a) for w, a in zip(weights, aligned, strict=True)))
+    layer = "model.layers.1.mlp.up_proj.weight"
+    close(tensors[layer], sum(w * plan.weights(i, layer) for i, w in enumerate(weights)))
+
+
+def test_build_with_the_short_key_and_a_template(three, tmp_path):
+    recipe = linear(three, (1, 0, 0), tokenizer_source="base", chat_template="llama3")
+    tensors, tokenizer, _ = built(recipe, tmp_path)
+    plan = Planned(three, {})
+    close(tensors[EMBED], plan.weights(0))
+    assert tokenizer.chat_template == chat.built_in("llama3")
+
+
+def test_build_a_stack_of_two_vocabularies(three, tmp_path):
+    slices = [
+        {"sources": [{"model": str(three[0]), "layer_range": [0, 2]}]},
+        {"sources": [{"model": str(three[1]), "layer_range": [1, 4]}]},
+    ]
+    recipe = {"slices": slices, "tokenizer": {"source": "union"}}
+    tensors, tokenizer, config = built(recipe, tmp_path)
+    tokens = ["<unk>", "one", "two", "three", "five", "six"]
+    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(tokens)}
+    assert (config["vocab_size"], config["num_hidden_layers"]) == (6, 5)
+    plan = Planned(three[:2], {})
+    close(tensors[EMBED], expected(plan, EMBED, tokens, of=(0,))[0])
+    close(tensors[HEAD], expected(plan, HEAD, tokens, of=(1,))[0])
+
+
+def test_build_of_a_recipe_in_a_recipe_with_vocabularies_of_their_own(three, tmp_path):
+    inner = linear(three[:2], (0.5, 0.5), tokenizer={"source": "union"}, chat_template="chatml")
+    recipe = {
+        "merge_method": "linear",
+        "models": [
+            {"model": inner, "parameters": {"weight": 0.5}},
+            {"model": str(three[2]), "parameters": {"weight": 0.5}},
+        ],
+        "dtype": "float64",
+        "tokenizer": {"source": "union"},
+    }
+    tensors, tokenizer, _ = built(recipe, tmp_path)
+    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(UNION)}
+    assert tokenizer.chat_template == chat.built_in("chatml")
+    plan = Planned(three, {})
+    first = sum(expected(plan, EMBED, UNION[:6], of=(0, 1))) / 2
+    c = plan.weights(2)  # five, <unk>, three, seven
+    one = [*first, c[3]]
+    other = [c[1], first[1], first[2], c[2], c[0], first[5], c[3]]
+    close(tensors[EMBED], (np.array(one) + np.array(other)) / 2)
+    alone = {**recipe, "models": recipe["models"][:1]}
+    del alone["tokenizer"]
+    _, tokenizer, config = built(alone, tmp_path)
+    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(UNION[:6])}
+    assert config["vocab_size"] == 6
+
+
+def test_build_of_tied_and_untied_models(checkpoint, tmp_path):
+    tied = checkpoint("a", 3, words("<unk>", "one", "two"), 1, tie_word_embeddings=True)
+    own = checkpoint("b", 3, words("two", "<unk>", "nine"), 2)
+    folders, tokens = [tied, own], ["<unk>", "one", "two", "nine"]
+    tensors, _, config = built(linear(folders, (0.5, 0.5), tokenizer={}), tmp_path)
+    assert config["tie_word_embeddings"] is False
+    a, b = load_file(tied / "model.safetensors")[EMBED], load_file(own / "model.safetensors")[HEAD]
+    a, b = a.double().numpy(), b.double().numpy()
+    assert len(tensors[HEAD]) == len(tokens)
+    close(tensors[HEAD], [(a[0] + b[1]) / 2, a[1], (a[2] + b[0]) / 2, b[2]])
+
+
+def test_build_without_a_choice_says_which_there_are(three, tmp_path):
+    with pytest.raises(PlanError) as caught:
+        moeforge.build(linear(three, (1, 1, 1)), tmp_path / "out")
+    said = str(caught.value)
+    assert f"{three[0]} has 4 rows, {three[1]} has 5 rows" in said
+    assert "tokenizer: {source: base}" in said
+
+
+def test_build_with_only_a_template_copies_everything_else(checkpoint, tmp_path):
+    folder = checkpoint("a", 300, tiny.tokenizer())
+    out = tmp_path / "out"
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(folder)}]}
+    moeforge.build({**recipe, "chat_template": "{{ messages[0].content }}"}, out)
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert (out / "model.safetensors").stat().st_size > 300 * tiny.HIDDEN
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "Hi"
+    with pytest.raises(PlanError, match="not valid Jinja"):
+        moeforge.build({**recipe, "chat_template": "{% if %}"}, out, overwrite=True)

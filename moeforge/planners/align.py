@@ -44,8 +44,13 @@ def rows(model: Model) -> int | None:
 
 def is_vocabulary(model: Model, name: str) -> bool:
     """Say whether the first axis of tensor `name` is the vocabulary: embeddings, heads, biases."""
+    return _has_rows(model, name, rows(model))
+
+
+def _has_rows(model: Model, name: str, count: int | None) -> bool:
+    """Say whether the first axis of tensor `name` is the vocabulary of `count` tokens."""
     shape = model.tensors[name].spec.shape
-    if not shape or shape[0] != rows(model) or model.layers.split(name) is not None:
+    if not shape or shape[0] != count or model.layers.split(name) is not None:
         return False
     matrix = len(shape) == 2 and not _OTHER_AXIS.search(name)
     return "norm" not in name.lower() and (matrix or (len(shape) == 1 and name.endswith("bias")))
@@ -132,7 +137,10 @@ class Vocabulary:
         it is. Whether the others' further dimensions agree is checked by whoever merges them.
         """
         tensors = [model.tensors[name] for model, name in slots]
-        if self.rows is None or not all(is_vocabulary(*slot) for slot in slots):
+        if self.rows is None:
+            return tensors
+        sizes = self.rows.sizes
+        if not all(_has_rows(model, name, sizes[model.label]) for model, name in slots):
             return tensors
         if len({tensor.spec.shape[1:] for tensor in tensors}) > 1:
             return tensors
