@@ -321,7 +321,7 @@ def test_experts_that_differ_in_what_the_base_brings_are_noted(llamas, models):
     ("config", "said"),
     [
         ({"num_hidden_layers": 3}, f"has {LAYERS} layers"),
-        ({"vocab_size": 320}, "The vocabularies differ"),
+        ({"vocab_size": 320}, "the vocabularies differ"),
         ({"hidden_size": 128}, "hidden_size 128"),
         ({"intermediate_size": 128}, "intermediate_size 128"),
         # Twice the heads of half the width: every tensor has the same shape, none the same meaning.
@@ -443,11 +443,18 @@ def test_an_absent_head_is_not_taken_for_a_tied_one(damaged, llamas):
     assert "lacks lm_head.weight" in found
 
 
-def test_integers_are_not_merged(damaged, llamas, models, tmp_path):
+def test_integers_are_kept_where_all_agree(damaged, llamas, tmp_path):
     second = tmp_path / "second"
     shutil.copytree(llamas[1], second)
     for folder in (damaged, second):
         change_tensors(folder, **{"model.counter": torch.arange(3)})
+    moeforge.build(linear(damaged, second), tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)["model.counter"], torch.arange(3))
+    change_tensors(second, **{"model.counter": torch.tensor([0, 1, 3])})
+    with pytest.raises(BuildError, match="differs between the models"):
+        moeforge.build(linear(damaged, second), tmp_path / "differ")
+    assert not (tmp_path / "differ").exists()
+    change_tensors(second, **{"model.counter": torch.arange(3.0)})
     found = refused(linear(damaged, second), 4)["$"]
     assert "model.counter is int64, which linear cannot compute with" in found
 
