@@ -12,8 +12,9 @@ import torch
 from hub_server import HubServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import moeforge
 from moeforge import engine
 from moeforge.engine.lora import adapted_rows
 from moeforge.errors import SourceError
@@ -245,6 +246,96 @@ def test_a_head_that_its_file_calls_otherwise(kind, rows, models, tmp_path):
     assert ours.config["vocab_size"] == (rows or tiny.VOCABULARY)
 
 
+# --- in recipes ----------------------------------------------------------------------------------
+
+
+def average(*models, **changes):
+    inputs = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
+    return {"merge_method": "linear", "models": inputs, **changes}
+
+
+def build(recipe, out):
+    moeforge.build(recipe, out)
+    return load_file(out / "model.safetensors")
+
+
+def assert_close(value, expected):
+    assert (value.float() - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_an_input_of_a_merge(models, tmp_path):
+    base, other = models("llama", seed=1, **SMALL), models("llama", seed=2, **SMALL)
+    adapter = train(base, tmp_path / "adapter", target_modules=ALL)
+    written = build(average(f"{base}+{adapter}", str(other)), tmp_path / "out")
+    one, two = merged(base, adapter).state_dict(), load(other).state_dict()
+    for name, value in written.items():
+        assert_close(value, (one[name] + two[name]) / 2)
+
+
+def test_an_adapted_inline_recipe(models, tmp_path):
+    base, other = models("llama", seed=1, **SMALL), models("llama", seed=2, **SMALL)
+    adapter = train(base, tmp_path / "adapter", use_dora=True)
+    inner = average(str(base), str(other))
+    entry = {"model": inner, "lora": str(adapter)}
+    out = build({"merge_method": "passthrough", "models": [{"model": entry}]}, tmp_path / "out")
+    build(inner, tmp_path / "inner")
+    for name, value in merged(tmp_path / "inner", adapter).state_dict().items():
+        assert_close(out[name], value)
+
+
+def test_the_result_is_a_model_with_the_adapters_vocabulary(models, tmp_path):
+    base = models("llama", seed=1, tie_word_embeddings=True, **SMALL)
+    rows = tiny.VOCABULARY + 5
+    adapter = train(base, tmp_path / "adapter", rows, modules_to_save=["lm_head"])
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(adapter)
+    build(
+        {"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]}, tmp_path / "o"
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "o").tokenize("<new>") == ["<new>"]
+    ids = torch.tensor([[256, 5, 7, rows - 1]])
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "o")(ids).logits
+        theirs = merged(base, adapter, rows)(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_experts_and_the_base_that_makes_their_gates(models, tmp_path):
+    base = models("llama", seed=1, **SMALL)
+    adapter = train(base, tmp_path / "adapter", target_modules=ALL)
+    whole = tmp_path / "whole"
+    merged(base, adapter).save_pretrained(whole)
+    tiny.tokenizer().save_pretrained(whole)
+
+    def mixture(first, out):
+        experts = [
+            {"source_model": first, "positive_prompts": ["one thing"]},
+            {"source_model": str(base), "positive_prompts": ["another"]},
+        ]
+        recipe = {"base_model": first, "gate_mode": "hidden", "dtype": "float32"}
+        return build({**recipe, "experts": experts}, out)
+
+    adapted = mixture(f"{base}+{adapter}", tmp_path / "adapted")
+    expected = mixture(str(whole), tmp_path / "expected")
+    assert set(adapted) == set(expected)
+    for name, value in adapted.items():
+        assert torch.allclose(value, expected[name], atol=1e-5), name
+
+
+def test_what_is_wrong_with_an_adapter_is_said_at_its_place(models, tmp_path):
+    base = models("llama", seed=1, **SMALL)
+    adapter = train(base, tmp_path / "adapter")
+    edit_tensors(adapter, **{f"{P}score.weight": torch.ones(2, 64)})
+    report = moeforge.check(average(str(base), f"{base}+{adapter}"))
+    assert report.exit_code == 4
+    assert [finding.path for finding in report.errors] == [("models", 1, "model")]
+    assert "score.weight" in report.errors[0].what
+    report = moeforge.check(average(f"{base}+./nowhere", str(base)))
+    assert report.exit_code == 3
+    assert "adapter ./nowhere does not exist" in report.errors[0].what
+
+
 # --- tied heads ----------------------------------------------------------------------------------
 
 TIED = {
@@ -311,6 +402,20 @@ def test_a_resized_vocabulary(config, tied, rows, models, tmp_path):
     assert ours.donor.key == str(base)
     tiny.tokenizer().save_pretrained(adapter)
     assert planned(base, adapter).donor.key == str(adapter)
+
+
+def test_the_adapters_tokenizer_replaces_that_of_an_inline_recipe(models, tmp_path):
+    base = models("llama", seed=5, **SMALL)
+    adapter = train(base, tmp_path / "adapter", tiny.VOCABULARY + 5)
+    tiny.tokenizer().save_pretrained(adapter)
+    other = models("llama", seed=6, **SMALL)
+    inner = average(str(base), str(other), chat_template="chatml")
+    entry = {"merge_method": "passthrough", "models": [{"model": inner}]}
+    assert moeforge.plan(entry).tokenizer is not None
+    entry["models"][0]["model"] = {"model": inner, "lora": str(adapter)}
+    plan = moeforge.plan(entry)
+    assert plan.tokenizer is None
+    assert plan.donor.key == str(adapter)
 
 
 def test_the_models_tokenizer_stays_where_the_vocabulary_does(models, tmp_path):

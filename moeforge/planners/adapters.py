@@ -65,6 +65,7 @@ def apply_adapter(model: Model, adapter: Source, findings: Findings, path: Path)
         config=work.config,
         tensors=work.tensors,
         donor=work.donor,
+        tokenizer=model.tokenizer if work.donor is model.donor else None,
         sources={**model.sources, adapter.key: adapter},
         left_out={k: why for k, why in model.left_out.items() if k not in work.tensors},
     )
@@ -144,9 +145,8 @@ class _Application:
             elif "trainable_tokens" in bare:
                 self._unuse(name, "trainable tokens are not supported", WITH_PEFT)
             elif "lora_" in bare or whole in self.stored:
-                why = "tensors that plain LoRA does not have"
                 fix = f"If it holds several adapters, save one of them alone. {WITH_PEFT}"
-                self._unuse(name, why, fix)
+                self._unuse(name, "tensors that plain LoRA does not have", fix)
             else:
                 self.stored[whole] = name
 
