@@ -22,6 +22,11 @@ def test_recipe_gives_what_mergekit_gives(name, tmp_path):
     assert compare.compare(name, tmp_path / "out").wrong == []
 
 
+@pytest.mark.parametrize("name", [n for n, m in compare.MEANT.items() if m.ids])
+def test_differences_that_are_meant_are_there(name, tmp_path):
+    assert compare.compare(name, tmp_path / "out", compare.NOTHING).wrong
+
+
 def test_recipes_and_golden_files_belong_together():
     golden = {path.stem for path in (compare.HERE / "golden").iterdir()}
     assert golden == set(compare.NAMES)

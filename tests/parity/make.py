@@ -28,12 +28,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import (
     AddedToken,
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
+    MixtralConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 HERE = Path(__file__).parent
@@ -61,10 +62,9 @@ OTHER = ["<unk>", "<s>", "</s>", "grape", *reversed(WORDS[3:28]), "kiwi"]
 State = dict[str, torch.Tensor]
 
 
-def new(config: LlamaConfig | Qwen2Config, seed: int) -> torch.nn.Module:
+def new(config: PreTrainedConfig, seed: int) -> torch.nn.Module:
     """Return a model whose every parameter, norms and biases included, has values that matter."""
-    kind = Qwen2ForCausalLM if config.model_type == "qwen2" else LlamaForCausalLM
-    model = kind(config)
+    model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -129,6 +129,14 @@ def make_models() -> None:
     tied = new(LlamaConfig(**SHAPE, num_hidden_layers=2, tie_word_embeddings=True), 21)
     save("tied", tied)
     save("tied-c", tuned(tied, 22, 0.3))
+
+    biased = new(LlamaConfig(**SHAPE, num_hidden_layers=1, attention_bias=True), 51)
+    save("biased", biased)
+    save("biased-b", tuned(biased, 52, 0.5))
+
+    moe = new(MixtralConfig(**SHAPE, num_hidden_layers=1, num_local_experts=3), 61)
+    save("moe", moe)
+    save("moe-b", tuned(moe, 62, 0.5))
 
     qwen = new(Qwen2Config(**SHAPE, num_hidden_layers=2), 31)
     save("qwen", qwen)
