@@ -375,6 +375,13 @@ def test_chosen_sources_and_force(three):
     assert not plan.notes
 
 
+def test_a_forced_row_of_the_same_number_is_still_another_models(checkpoint):
+    tokenizer = words("<unk>", "one", "two")
+    folders = [checkpoint(name, 3, tokenizer, seed) for seed, name in enumerate("ab")]
+    plan = Planned(folders, {"tokens": {token: {"force": True} for token in tokenizer.get_vocab()}})
+    same(plan.rows(), [plan.weights(0), plan.weights(0)])
+
+
 def test_sources_that_cannot_be(three):
     tokens = {"six": {"source": "c"}}
     assert "c does not have a row for 'six'" in Planned(three, {"tokens": tokens}).said()
@@ -483,7 +490,9 @@ def test_tokenizers_that_cannot_be_used(checkpoint, tmp_path):
     plan = Planned([good, alike], {})
     assert not plan.findings
     assert "it is taken to have that of a" in plan.said()
-    (none / "tokenizer.json").write_text("{]")
+    for damaged in (none, alike):
+        (damaged / "tokenizer.json").write_text("{]")
+    assert "alike: tokenizer.json cannot be read" in str(Planned([good, alike], {}).findings)
     with pytest.raises(SourceError, match=r"none: tokenizer\.json cannot be read"):
         read(none, "none")
     (none / "tokenizer.json").write_text('{"model": {}}')
@@ -548,6 +557,16 @@ def test_a_tokenizer_that_stays_is_copied_byte_for_byte(three, tmp_path):
     out = Planned(three, {"source": "base"}).write(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (three[0] / name).read_bytes()
+
+
+def test_a_new_tokenizer_leaves_no_older_files_that_say_otherwise(three, tmp_path):
+    for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"):
+        (three[0] / name).write_text("{}")
+    (three[0] / "special_tokens_map.json").write_text('{"unk_token": "<unk>"}')
+    out = Planned(three, {"source": "union"}).write(tmp_path)
+    files = {file.name for file in out.iterdir()}
+    kept = {"special_tokens_map.json", "generation_config.json"}
+    assert files == {"tokenizer.json", "tokenizer_config.json", *kept}
 
 
 def test_a_models_tokenizer_replaces_the_bases_files_and_special_ids_move(checkpoint, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moeforge.errors import Path
 from moeforge.planners.model import Findings, Model
-from moeforge.vocabulary import chat
+from moeforge.vocabulary import chat, present
 
 
 def chosen_template(
@@ -15,8 +15,7 @@ def chosen_template(
     """Return the template that the recipe means; None where there is nothing to change."""
     if setting is None:
         return None
-    folder = base.donor.folder
-    if folder is None or not [*folder.glob("tokenizer*"), *folder.glob("vocab.*")]:
+    if not present(base.donor.folder):
         what = f"chat_template needs a tokenizer, and {base.label} has none"
         findings.error(what, "Add its tokenizer files.", path)
         return None

@@ -18,7 +18,7 @@ from moeforge.planners.align import Choice, Rows, Vocabulary, is_vocabulary, row
 from moeforge.planners.chat import chosen_template
 from moeforge.planners.model import Findings, Model, listing
 from moeforge.recipe.vocabulary import ModelToken, Tokenizer, Zero
-from moeforge.vocabulary import Tokens, read
+from moeforge.vocabulary import Tokens, present, read
 from moeforge.vocabulary.change import TokenizerChange
 from moeforge.vocabulary.compose import compose, conflicts, extend, union, usable
 
@@ -72,15 +72,16 @@ class _Planning:
         models = {model.label: model for model in (owner, *(model for _, model in self.inputs))}
         found: dict[str, Tokens] = {}
         for label, model in models.items():
+            alike = owner.label in found and rows(model) == rows(owner)
+            if alike and model.tokenizer is None and not present(model.donor.folder):
+                what = f"{label} has no tokenizer; it is taken to have that of {owner.label}"
+                self.notes.error(what, path=self.path)
+                found[label] = found[owner.label]
+                continue
             try:
                 found[label] = tokens_of(model)
             except MoeforgeError as error:
-                if found and rows(model) == rows(owner):
-                    what = f"{error.findings[0].what}; it is taken to have that of {owner.label}"
-                    self.notes.error(what, path=self.path)
-                    found[label] = found[owner.label]
-                else:
-                    self.report(error)
+                self.report(error)
         return found if len(found) == len(models) else None
 
     def report(self, error: MoeforgeError) -> None:
@@ -103,15 +104,8 @@ class _Planning:
         first = tokenizers[owner.label]
         others = {label: tokens for label, tokens in tokenizers.items() if label != owner.label}
         joined = self.settings.source == "union"
-        for label, tokens in others.items():
-            if tokens.kind == first.kind:
-                continue
-            what = f"{label} has a {tokens.kind} tokenizer, {owner.label} a {first.kind} one"
-            fix = "Their tokens are spelt differently; equal strings may mean different text."
-            if joined:
-                self.findings.error(what, f"{fix} Use tokenizer: {{source: base}}.", self.path)
-                return None
-            self.notes.error(what, fix, self.path)
+        if not self._spelt_alike(owner, tokenizers) and joined:
+            return None
         counted = [(tokens, sizes[label]) for label, tokens in others.items()]
         ids = usable(first, sizes[owner.label])
         if joined:
@@ -126,6 +120,20 @@ class _Planning:
         except MoeforgeError as error:
             self.report(error)
             return None
+
+    def _spelt_alike(self, owner: Model, tokenizers: Mapping[str, Tokens]) -> bool:
+        """Say whether equal strings mean equal text; report where not: an error for a union."""
+        kind = tokenizers[owner.label].kind
+        joined = self.settings.source == "union"
+        others = {label: t.kind for label, t in tokenizers.items() if t.kind != kind}
+        for label, other in others.items():
+            what = f"{label} has a {other} tokenizer, {owner.label} a {kind} one"
+            fix = "Their tokens are spelt differently; equal strings may mean different text."
+            if joined:
+                self.findings.error(what, f"{fix} Use tokenizer: {{source: base}}.", self.path)
+            else:
+                self.notes.error(what, fix, self.path)
+        return not others
 
     def _note_lost(self, first: Tokens, ids: Mapping[str, int], count: int) -> None:
         lost = [token for token in first.ids if token not in ids]

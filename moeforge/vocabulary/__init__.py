@@ -99,6 +99,11 @@ def content(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def present(folder: Path | None) -> bool:
+    """Say whether `folder` has files of a tokenizer, of whatever kind."""
+    return folder is not None and any((*folder.glob("tokenizer*"), *folder.glob("vocab.*")))
+
+
 def read(folder: Path | None, label: str) -> Tokens:
     """Read the tokenizer in `folder`.
 
