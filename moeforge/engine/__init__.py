@@ -12,16 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeforge.engine import processes
 from moeforge.engine.jobs import CopyJob, MergeJob, jobs_of
 from moeforge.engine.pool import Pool
 from moeforge.engine.writer import OutputFiles
+from moeforge.methods import CHUNK
 from moeforge.output.layout import Shard
 from moeforge.plans import Expr, Plan, Read, inputs, pieces, walk
 
 MIN_SLICE, DEFAULT_SLICE = 2**16, 2**17
 """Elements per slice; the default is the fastest measured: see docs/architecture.md."""
 
-WINDOW = 2**20
+WINDOW = 2**18
 """Bytes of an input tensor that a worker reads at a time."""
 INTERPRETER = 280_000_000
 """Bytes that Python and torch take before any work, measured; see docs/architecture.md."""
@@ -110,15 +112,25 @@ def run(
     """
     with OutputFiles(folder, shards) as files:
         jobs = jobs_of(plan, shards, files)
-        pool = Pool(settings.workers, progress)
-        copies = all(isinstance(job, CopyJob) for job in jobs)
-        if copies:
-            pool.run(jobs, lambda: None)
+        if all(isinstance(job, CopyJob) for job in jobs):
+            Pool(settings.workers, progress).run(jobs, lambda: None)
             return
+        for source in plan.sources.values():
+            # What lies on the Hub is fetched now, once, and not by each worker.
+            source.locate(next(iter(source.specs())))
         from moeforge.engine.evaluate import Evaluator
 
         size = settings.slice_for(plan)
-        pool.run(jobs, lambda: Evaluator(plan, size, settings.device))
+
+        def make_state() -> Evaluator:
+            return Evaluator(plan, size, settings.device)
+
+        elements = sum(job.size for job in jobs)
+        workers = min(settings.workers, len(jobs), -(-elements // CHUNK))
+        if workers > 1 and settings.device == "cpu" and processes.AVAILABLE:
+            processes.run(jobs, make_state, workers, progress)
+        else:
+            Pool(workers, progress).run(jobs, make_state)
 
 
 def free_space(folder: Path) -> int:

@@ -6,7 +6,7 @@ float32 arithmetic (float64 where an input or the result is float64), one roundi
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moeforge.engine.rows import Whole
+
+_PADDING = 112
+"""Elements between the rows of inputs."""
 
 Stats = Mapping[int, Any]
 """What is known of whole tensors, by id of the expression."""
@@ -77,9 +80,9 @@ class Buffer:
         """Return `count` elements from byte `first` on as `dtype`."""
         return self.bytes[first : first + count * dtype.itemsize].view(dtype)
 
-    def view(self, nbytes: int) -> memoryview:
-        """Return the first `nbytes` bytes."""
-        return memoryview(self.memory)[:nbytes]
+    def view(self, nbytes: int, first: int = 0) -> memoryview:
+        """Return `nbytes` bytes from byte `first` on."""
+        return memoryview(self.memory)[first : first + nbytes]
 
 
 class _Window:
@@ -149,9 +152,8 @@ class Evaluator:
             if self._stored(expr) == dtype:
                 self._raw(expr, begin, data)
             else:
-                result = self.evaluate(expr, torch_dtype(working), whole, begin, length)
-                self._output.tensor(torch_dtype(dtype), length).copy_(result)
-                self._used = 0
+                target = self._output.tensor(torch_dtype(dtype), length)
+                self.fill(expr, torch_dtype(working), whole, begin, target)
             yield begin, data
 
     def _stored(self, expr: Expr) -> DType | None:
@@ -183,68 +185,81 @@ class Evaluator:
     ) -> Any:
         """Return what `scan` finds in chunk [start, start + count) of the inputs of `node`."""
         self.begin(node, start + count)
-        shape = self.plan.shape(node)
-        found = []
+        shape, found = self.plan.shape(node), []
         for begin, length in self.slices(node, start, count):
-            tensors = [
-                self.evaluate(child, torch_dtype(working), whole, begin, length)
-                for child in node.inputs
-            ]
+            mark = self._used
+            tensors = self._inputs(node.inputs, torch_dtype(working), whole, begin, length)
             found.append(scan.look(tensors, Place(shape, begin)))
-            self._used = 0
+            self._used = mark
         return scan.join(found)
 
-    def mark(self) -> int:
-        """Return how many buffers are in use, for `release`."""
-        return self._used
+    def sample(
+        self, node: Merge, scan: Scan, working: DType, runs: Sequence[tuple[int, int]]
+    ) -> Any:
+        """Return what `scan` finds in all `runs` together of the inputs of `node`, which are reads.
 
-    def release(self, mark: int) -> None:
-        """Give back the buffers that were taken since `mark`."""
-        self._used = mark
+        One look at many short runs: their elements lie one after the other, at no place.
+        """
+        count = sum(length for _, length in runs)
+        tensors = torch.empty(len(node.inputs), count, dtype=torch_dtype(working))
+        for row, expr in zip(tensors, node.inputs, strict=True):
+            assert isinstance(expr, Read)
+            source = self.plan.sources[expr.source]
+            dtype = source.specs()[expr.name].dtype
+            raw, filled = Buffer(count * dtype.itemsize), 0
+            for start, length in runs:
+                view = raw.view(length * dtype.itemsize, filled)
+                source.read(expr.name, start * dtype.itemsize, view)
+                filled += len(view)
+            row.copy_(raw.tensor(torch_dtype(dtype), count))
+        place = Place(self.plan.shape(node), 0)
+        return scan.join([scan.look(tensors.to(self._device), place)])
 
-    def _take(self, nbytes: int) -> Buffer:
+    def _take(self, dtype: torch.dtype, count: int) -> Tensor:
+        """Return memory for `count` elements, in use until it is released."""
+        if self._device.type != "cpu":
+            return torch.empty(count, dtype=dtype, device=self._device)
+        nbytes = count * dtype.itemsize
         if self._used == len(self._pool):
             self._pool.append(Buffer(nbytes))
         elif self._pool[self._used].size < nbytes:
             self._pool[self._used] = Buffer(nbytes)
         self._used += 1
-        return self._pool[self._used - 1]
+        return self._pool[self._used - 1].tensor(dtype, count)
 
-    def evaluate(
-        self, expr: Expr, working: torch.dtype, whole: Whole, start: int, count: int
+    def _inputs(
+        self, exprs: Sequence[Expr], working: torch.dtype, whole: Whole, start: int, count: int
     ) -> Tensor:
-        """Return elements [start, start + count) of `expr` in a buffer that the caller may use."""
-        if isinstance(expr, Read):
-            return self._read(expr, working, start, count)
-        if isinstance(expr, Fill):
-            target = self._take(count * working.itemsize).tensor(working, count)
-            return target.fill_(expr.value).to(self._device)
+        """Return elements [start, start + count) of each of `exprs`, [inputs, count]."""
+        # Rows a power of two apart would share the same few lines of the cache.
+        stride = count + _PADDING
+        tensors = self._take(working, len(exprs) * stride).view(len(exprs), stride)[:, :count]
+        for row, expr in zip(tensors, exprs, strict=True):
+            self.fill(expr, working, whole, start, row)
+        return tensors
+
+    def fill(self, expr: Expr, working: torch.dtype, whole: Whole, start: int, out: Tensor) -> None:
+        """Put elements of `expr` from `start` on into `out`, computed in dtype `working`."""
+        count = out.numel()
         mark = self._used
-        if isinstance(expr, Merge):
-            result = self._merge(expr, working, whole, start, count)
+        if isinstance(expr, Read):
+            self._read(expr, start, out)
+        elif isinstance(expr, Fill):
+            out.fill_(expr.value)
+        elif isinstance(expr, Merge):
+            tensors = self._inputs(expr.inputs, working, whole, start, count)
+            method, place = methods.load(expr.method), Place(self.plan.shape(expr), start)
+            stats = whole.stats.get(id(expr))
+            out.copy_(method.merge(tensors, dict(expr.params), stats, place))
         else:
             assert not isinstance(expr, (Concat, Same)), "handled before anything is computed"
-            result = rows.evaluate(self, expr, working, whole, start, count)
-        if self._device.type == "cpu":
-            # Results outlive the buffers of their inputs: the first of these takes them.
-            self._used = mark
-            target = self._take(count * working.itemsize).tensor(working, count)
-            result = result if result.data_ptr() == target.data_ptr() else target.copy_(result)
-        self._used = mark + 1
-        return result
+            out.copy_(rows.evaluate(self, expr, working, whole, start, count))
+        self._used = mark
 
-    def _merge(
-        self, node: Merge, working: torch.dtype, whole: Whole, start: int, count: int
-    ) -> Tensor:
-        tensors = [self.evaluate(child, working, whole, start, count) for child in node.inputs]
-        method = methods.load(node.method)
-        place = Place(self.plan.shape(node), start)
-        return method.merge(tensors, dict(node.params), whole.stats.get(id(node)), place)
-
-    def _read(self, node: Read, working: torch.dtype, start: int, count: int) -> Tensor:
-        source = self.plan.sources[node.source]
+    def _read(self, node: Read, start: int, out: Tensor) -> None:
+        source, count = self.plan.sources[node.source], out.numel()
         spec = source.specs()[node.name]
-        stored, size = torch_dtype(spec.dtype), spec.dtype.itemsize
+        size = spec.dtype.itemsize
         key = (node.source, node.name)
         window = self._windows.get(key)
         if window is None:
@@ -252,13 +267,11 @@ class Evaluator:
             window.start = window.end = 0
         if not window.start <= start <= start + count <= window.end:
             # As much as fits, but no more than will be wanted: what follows in this chunk.
-            limit = self._end.get(key, start + count)
+            limit = min(self._end.get(key, start + count), spec.numel)
             ahead = max(count, min(WINDOW // size // count * count if count else 0, limit - start))
             if window.buffer.size < ahead * size:
                 window.buffer = Buffer(ahead * size)
             source.read(node.name, start * size, window.buffer.view(ahead * size))
             window.start, window.end = start, start + ahead
-        raw = window.buffer.tensor(stored, count, (start - window.start) * size)
-        if self._device.type != "cpu":
-            return raw.to(self._device).to(working, copy=True)
-        return self._take(count * working.itemsize).tensor(working, count).copy_(raw)
+        first = (start - window.start) * size
+        out.copy_(window.buffer.tensor(torch_dtype(spec.dtype), count, first))

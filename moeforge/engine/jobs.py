@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moeforge import methods
 from moeforge.engine.writer import OutputFiles
-from moeforge.methods import Measurement, Place, Scan
+from moeforge.methods import CHUNK, RUN, Measurement, Place, Scan
 from moeforge.output.layout import Shard
-from moeforge.plans import Expr, Merge, Plan, inputs, pieces
+from moeforge.plans import Expr, Merge, Plan, Read, inputs, pieces, walk
 from moeforge.sources import FileSpan
 from moeforge.tensors import DType
 
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from moeforge.engine.evaluate import Evaluator
     from moeforge.engine.rows import Whole
 
-CHUNK = 2**22
-"""Elements per unit of work, about: a multiple of what slices are multiples of."""
 COPY_CHUNK = 2**26
 """Bytes per call of copy_file_range: short enough for progress and Ctrl-C."""
+
+SAMPLE, COARSE = 2**17, 32
+"""Elements of a sample; and the runs that it is made of where runs cannot be short."""
 
 Report = Callable[[int], None]
 
@@ -44,6 +45,10 @@ class Job(Protocol):
     """Something to do for one output tensor."""
 
     name: str
+
+    @property
+    def size(self) -> int:
+        """How much work it is, in bytes read, about."""
 
     def chunks(self) -> Iterator[Callable[[Evaluator | None, Report], None]]:
         """Yield the parts of the present phase; they may run in any order, at the same time."""
@@ -61,6 +66,11 @@ class CopyJob:
     shard: str
     offset: int
     files: OutputFiles
+
+    @property
+    def size(self) -> int:
+        """Bytes to copy."""
+        return self.span.nbytes
 
     def chunks(self) -> Iterator[Callable[[Evaluator | None, Report], None]]:
         """Yield one copy: threads are better used on different tensors."""
@@ -148,6 +158,11 @@ class MergeJob:
         self._next_level()
 
     @property
+    def size(self) -> int:
+        """Elements of all inputs."""
+        return self.numel * sum(isinstance(part, Read) for part in walk(self.expr))
+
+    @property
     def _whole(self) -> Whole:
         from moeforge.engine.rows import Whole
 
@@ -157,14 +172,23 @@ class MergeJob:
 
     def chunks(self) -> Iterator[Callable[[Evaluator | None, Report], None]]:
         """Yield the chunks of the scans, or, when all is known, of the result."""
+        from moeforge.engine.evaluate import needs_rows
+
         if not self._running:
             for start, count in self._ranges(self.expr, self.numel):
                 yield lambda worker, report, s=start, n=count: self._write(worker, s, n, report)  # type: ignore[misc]
             return
         for job in self._running:
-            ranges = job.scan.runs or self._ranges(
-                job.node, Place(self.plan.shape(job.node), 0).numel
-            )
+            if job.scan.sample and self._are_reads(job.node):
+                numel = self._place(job.node).numel
+                runs = sample_runs(numel, RUN, min(SAMPLE, numel // 64) // RUN)
+                yield lambda worker, _, j=job, r=runs: self._sample(worker, j, r)  # type: ignore[misc]
+                continue
+            ranges = job.scan.runs or self._ranges(job.node, self._place(job.node).numel)
+            if job.scan.sample:
+                row = self._place(job.node).row if needs_rows(job.node) else 1
+                length = -(-SAMPLE // COARSE // row) * row
+                ranges = sample_runs(self._place(job.node).numel, length, COARSE, row)
             for number, (start, count) in enumerate(ranges):
                 yield lambda worker, _, j=job, i=number, s=start, n=count: self._scan(  # type: ignore[misc]
                     worker, j, i, s, n
@@ -208,6 +232,18 @@ class MergeJob:
         for start in range(0, max(numel, 1), step):
             yield start, min(step, numel - start)
 
+    def _place(self, node: Expr) -> Place:
+        return Place(self.plan.shape(node), 0)
+
+    def _are_reads(self, node: Merge) -> bool:
+        """Say whether any elements of the inputs can be looked at out of their place."""
+        from moeforge.engine.evaluate import needs_rows
+
+        return all(isinstance(i, Read) for i in node.inputs) and not needs_rows(node)
+
+    def _sample(self, worker: Evaluator, job: _Scanning, runs: Sequence[tuple[int, int]]) -> None:
+        job.found[0] = worker.sample(job.node, job.scan, self._working, runs)
+
     def _scan(self, worker: Evaluator, job: _Scanning, number: int, start: int, count: int) -> None:
         job.found[number] = worker.scan(
             job.node, job.scan, self._working, self._whole, start, count
@@ -220,6 +256,22 @@ class MergeJob:
         ):
             self.files.write(self.shard, data, self.offset + begin * size)
             report(len(data))
+
+
+def sample_runs(numel: int, length: int, most: int, row: int = 1) -> tuple[tuple[int, int], ...]:
+    """Return runs of `length` elements, one at an irregular place in each of equal stretches.
+
+    Args:
+        numel: number of elements.
+        length: elements per run, a multiple of `row`.
+        most: number of runs.
+        row: what places are multiples of.
+    """
+    stretch = numel / most
+    if length >= stretch:
+        return ((0, numel),)
+    starts = (int((i + (i * 0.6180339887) % 1.0) * stretch) // row * row for i in range(most))
+    return tuple((min(start, numel - length), length) for start in starts)
 
 
 def measured_levels(expr: Expr) -> list[list[Merge]]:

@@ -100,7 +100,7 @@ class Pool:
         except BaseException as error:
             with self._change:
                 if self._error is None and not self._stop:
-                    self._error = _explain(error, name)
+                    self._error = explain(error, name)
                 self._stop = True
                 self._change.notify_all()
 
@@ -124,7 +124,8 @@ class Pool:
             return None
 
 
-def _explain(error: BaseException, tensor: str) -> BaseException:
+def explain(error: BaseException, tensor: str) -> MoeforgeError:
+    """Return what to raise for an error that came up while `tensor` was made."""
     if isinstance(error, MoeforgeError):
         return error
     kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "

@@ -83,25 +83,22 @@ def _rows(
     """Return rows [first, first + count) of `node`, [count, columns]."""
     shape = worker.plan.shape(node)
     matrix = node.weight if isinstance(node, Lora) else node.codes
-    part = worker.evaluate(matrix, working, whole, first * shape[-1], count * shape[-1])
-    part = part.view(count, shape[-1])
+    part = torch.empty(count, shape[-1], dtype=working)
+    worker.fill(matrix, working, whole, first * shape[-1], part.view(-1))
 
     def held(expr: Expr) -> Tensor:
         def make() -> Tensor:
-            size = worker.plan.shape(expr)
-            numel = torch.Size(size).numel()
-            mark = worker.mark()
-            tensor = worker.evaluate(expr, working, whole, 0, numel).clone().view(size)
-            worker.release(mark)
+            tensor = torch.empty(worker.plan.shape(expr), dtype=working)
+            worker.fill(expr, working, whole, 0, tensor.view(-1))
             return tensor
 
         found: Tensor = whole.get(expr, make)
         return found
 
     if isinstance(node, Dequantize):
-        return dequantized_rows(part, first, shape[0], held(node.scale)).clone()
+        return dequantized_rows(part, first, shape[0], held(node.scale))
     magnitude = held(node.magnitude) if node.magnitude else None
-    return adapted_rows(node, part, first, held(node.a), held(node.b), magnitude).clone()
+    return adapted_rows(node, part, first, held(node.a), held(node.b), magnitude)
 
 
 def _gather(
@@ -120,35 +117,18 @@ def _gather(
                 target.zero_()
             elif source == RowTable.MEAN:
                 pairs = node.table.means[row]
-                parts = [
-                    _row(worker, node.inputs[i], working, whole, r, 1, width) for i, r in pairs
-                ]
-                target.copy_(torch.stack(parts).mean(0))
+                several = torch.empty(len(pairs), width, dtype=working)
+                for part, (i, number) in zip(several, pairs, strict=True):
+                    worker.fill(node.inputs[i], working, whole, number * width, part)
+                target.copy_(several.mean(0))
             else:
-                target.copy_(
-                    _row(worker, node.inputs[source], working, whole, row, end - begin, width)
-                )
+                worker.fill(node.inputs[source], working, whole, row * width, target.view(-1))
 
     fill(first, min(last, known))
     if last > known:
         mean = whole.get((id(node), "mean"), lambda: _mean(worker, node, working, whole, width))
         result[max(known - first, 0) :] = mean
     return result.flatten()[start - first * width :][:count]
-
-
-def _row(
-    worker: Evaluator,
-    expr: Expr,
-    working: torch.dtype,
-    whole: Whole,
-    row: int,
-    count: int,
-    width: int,
-) -> Tensor:
-    mark = worker.mark()
-    found = worker.evaluate(expr, working, whole, row * width, count * width).clone()
-    worker.release(mark)
-    return found.view(count, width)
 
 
 def _mean(

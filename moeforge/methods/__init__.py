@@ -6,7 +6,7 @@ engine; which value a parameter has for a tensor belongs to the planners.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,10 @@ Params = Mapping[str, Any]
 BLOCK = 2**16
 """Elements per block. Sums are taken block by block, so that they do not depend on how the work is
 divided; rows that may not be divided come together in blocks of about this size."""
+RUN = 2**8
+"""Elements per run of a sample."""
+CHUNK = 2**22
+"""Elements per chunk, about: what a worker takes at a time."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Place:
         return prod(self.shape)
 
 
-Look = Callable[[Sequence["Tensor"], Place], Any]
+Look = Callable[["Tensor", Place], Any]
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,14 @@ class Scan:
             chunk is does not depend on how the work is divided.
         runs: element ranges (start, count) to look at; None for the whole tensor. Each run is a
             chunk.
+        sample: look at an evenly spread sample instead: runs of RUN elements (of whole rows for
+            methods that need them), some or all of them in one chunk, at a place without meaning.
     """
 
     look: Look
     join: Callable[[list[Any]], Any]
     runs: tuple[tuple[int, int], ...] | None = None
+    sample: bool = False
 
 
 Measurement = Generator[Scan, list[Any], Any]
@@ -102,10 +109,10 @@ class Method:
 
     Attributes:
         title: name for people.
-        merge: (tensors, params, stats, place) -> Tensor. The tensors are equal slices of the
-            flattened inputs in float32 (float64 for float64 inputs), in the order of the recipe
-            but for a base that is used as one, which is first. They are scratch: they may be
-            overwritten, and the result may be one of them. Pure otherwise.
+        merge: (tensors, params, stats, place) -> Tensor. The rows of `tensors` [inputs, elements]
+            are equal slices of the flattened inputs in float32 (float64 for float64 inputs), in the
+            order of the recipe but for a base that is used as one, which is first. They are
+            scratch: they may be overwritten, and the result may be one of them. Pure otherwise.
         params: parameters by name.
         inputs: fewest and most inputs, a required base included, an optional one not; None for no
             limit. A required base alone is the result: no method is asked.
@@ -119,7 +126,7 @@ class Method:
     """
 
     title: str
-    merge: Callable[[Sequence[Tensor], Params, Any, Place], Tensor]
+    merge: Callable[[Tensor, Params, Any, Place], Tensor]
     params: Mapping[str, Param]
     inputs: tuple[int, int | None]
     base: Literal["required", "optional", "none"] = "none"

@@ -5,7 +5,6 @@ Source: "RAM: Reinforced Agent Merging", arXiv 2601.13572.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moeforge.methods._task import deltas
@@ -14,16 +13,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def active(tensors: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Return each model's differences from the base where they exceed `epsilon`, zero elsewhere;
-    1 and 0 for where that is; and how many models differ at each element.
-    """  # noqa: D205
+def active(tensors: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Find where models differ from the base, which is the first of `tensors`.
+
+    Returns:
+        Each model's differences where they exceed `epsilon`, zero elsewhere, [models, elements]; 1
+        and 0 for where that is; and how many models differ at each element, [elements].
+    """
     import torch
 
     parts = deltas(tensors)
-    where = [torch.gt(part.abs(), epsilon, out=torch.empty_like(part)) for part in parts]
-    count = torch.zeros_like(parts[0])
-    for part, mask in zip(parts, where, strict=True):
-        part.mul_(mask)
-        count.add_(mask)
-    return parts, where, count
+    where = torch.gt(parts.abs(), epsilon, out=torch.empty_like(parts))
+    return parts.mul_(where), where, where.sum(0)

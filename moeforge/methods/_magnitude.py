@@ -25,19 +25,19 @@ def find_cuts(
     """
     sparse = [i for i, share in enumerate(densities(params)) if share < 1]
 
-    def magnitudes(tensors: Sequence[Tensor], here: Place) -> list[Tensor]:
-        chosen = [tensors[0], *(tensors[i + 1] for i in sparse)]
-        return [delta.abs_() for delta in deltas(chosen)]
+    def magnitudes(tensors: Tensor, here: Place) -> Tensor:
+        parts = deltas(tensors).abs_()
+        return parts if len(sparse) == len(parts) else parts[sparse]
 
     counts = [wanted(i, place.numel) for i in sparse]
     found = yield from cuts(magnitudes, counts, place)
     return dict(zip(sparse, found, strict=True))
 
 
-def trim(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> Tensor:
+def trim(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
     """Keep the largest share `density` of a delta; at least one element if it is above zero."""
     (cut,) = found[index]
-    return delta.mul_(cut(delta.abs(), place.start))
+    cut.trim(delta, place.start)
 
 
 def find_largest(params: Params, place: Place) -> Measurement:
@@ -50,12 +50,13 @@ def find_largest(params: Params, place: Place) -> Measurement:
     return (yield from find_cuts(params, place, wanted))
 
 
-def drop_outliers(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> Tensor:
+def drop_outliers(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
     """Keep a share `density` of a delta below its largest share `gamma`."""
     inner, outer = found[index]
-    magnitudes = delta.abs()
-    kept = inner(magnitudes, place.start).sub_(outer(magnitudes, place.start))
-    return delta.mul_(kept)
+    inner.trim(delta, place.start)
+    outliers = delta.clone()
+    outer.trim(outliers, place.start)
+    delta.sub_(outliers)
 
 
 def find_window(params: Params, place: Place) -> Measurement:

@@ -46,7 +46,7 @@ def draws(key: int, start: int, count: int) -> Any:
     return words.astype("<u8", copy=False).view("<i2")[begin : begin + count]
 
 
-def drop(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> Tensor:
+def drop(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
     """Set elements of a delta to zero in place; each is kept with probability `density`.
 
     Source: Yu et al., "Language models are super Mario" (DARE), arXiv 2311.03099.
@@ -56,11 +56,11 @@ def drop(index: int, delta: Tensor, params: Params, found: Any, place: Place) ->
 
     bound = round(max(densities(params)[index], 0.0) * 2**16)
     if bound >= 2**16:
-        return delta
+        return
     drawn = draws(derive(params["key"], index), place.start, delta.numel())
     kept = drawn < np.int16(bound - 2**15)
     if delta.device.type != "cpu":
-        return delta.mul_(torch.from_numpy(kept).to(delta.device))
+        delta.mul_(torch.from_numpy(kept).to(delta.device))
+        return
     values = delta.numpy()
     np.multiply(values, kept, out=values)
-    return delta

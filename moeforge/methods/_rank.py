@@ -40,7 +40,7 @@ def _ranks_needed(density: float, epsilon: float, row: int) -> Any:
     return np.searchsorted(kept_below, np.arange(2**16), side="right").astype(np.int32)
 
 
-def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> Tensor:
+def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
     """Set elements of whole rows to zero, the likelier the smaller they are in their row.
 
     Ranks go by magnitude in float32; equal magnitudes rank by position. A row of one element is
@@ -51,7 +51,8 @@ def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: P
 
     density, epsilon = densities(params)[index], params["epsilon"][index + 1]
     if density <= 0:
-        return delta.zero_()
+        delta.zero_()
+        return
     row = place.row
     bits = delta.abs().float().cpu().numpy().view(np.int32).reshape(-1, row)
     # One key per element, in the order of magnitude and then of position.
@@ -61,4 +62,4 @@ def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: P
     drawn = draws(derive(params["key"], index), place.start, delta.numel()).astype(np.int64) + 2**15
     needed = _ranks_needed(density, epsilon, row)[drawn].reshape(-1, row)
     kept = keys >= np.take_along_axis(ordered, needed, axis=1)
-    return delta.mul_(torch.from_numpy(kept.reshape(-1)).to(delta.device))
+    delta.mul_(torch.from_numpy(kept.reshape(-1)).to(delta.device))

@@ -1,35 +1,37 @@
 """Owns selection by magnitude: exact thresholds of whole tensors, found by streaming.
 
-Nothing is sorted but samples. A sample brackets the k-th largest magnitude, one pass counts what
-lies above the bracket and collects the distinct values inside; equal magnitudes are told apart by
-position. If the bracket misses, a histogram of float bits finds one that cannot.
+No tensor is sorted. A sample brackets the k-th largest magnitude, one pass counts what lies above
+the bracket and collects the distinct values inside; equal magnitudes are told apart by position.
+Where the bracket misses, another pass looks on the side where it must be.
 
-In memory: the sample (2¹⁷ magnitudes), and for each chunk of some million elements the distinct
-values inside the bracket with their counts; a bracket is at most some percent of the elements wide.
+In memory for each threshold: the sample (2¹⁷ magnitudes), and the distinct values inside the
+bracket with their counts, at most some 2²¹; where there are more, neighbours are counted together,
+and one more pass tells them apart.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moeforge.methods import Measurement, Place, Scan
+from moeforge.methods import CHUNK, RUN, Measurement, Place, Scan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SMALL = 2**18
 """Elements up to which a tensor's magnitudes are simply held and sorted."""
-_RUNS, _RUN = 32, 2**12
-"""A sample is so many runs of so many elements, spread evenly."""
-_SIGMAS, _WIDEST = 5.0, 0.04
+_SIGMAS, _WIDEST = 3.5, 0.04
 """Half the bracket's width in standard errors of the sample; and at most, in share of elements."""
+_DISTINCT, _RESOLUTION = 2**21, 13
+"""Distinct values that are held for each threshold, about; and where there are more, the bits that
+the values inside the bracket are told apart by in one pass."""
 
-Magnitudes = Callable[[Sequence["Tensor"], Place], "Sequence[Tensor]"]
-"""Gives the quantities of a slice to select from: one tensor each, float32 or float64, not
-negative; scratch."""
+Magnitudes = Callable[["Tensor", Place], "Tensor"]
+"""Gives the quantities of a slice to select from: [quantities, elements] in float32 or float64, not
+negative."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,20 @@ class Cut:
         torch.gt(magnitudes[border:], self.value, out=kept[border:])
         return kept
 
+    def trim(self, values: Tensor, start: int) -> None:
+        """Set the elements of `values` whose magnitude does not belong to zero."""
+        import numpy as np
+        import torch
+
+        border = min(max(self.last + 1 - start, 0), values.numel())
+        kind = np.float32 if values.dtype == torch.float32 else np.float64
+        below = float(np.nextafter(kind(self.value), kind(0)))
+        # Each keeps what lies strictly beyond its bound, on both sides, in one pass.
+        if border and self.value:
+            torch.ops.aten.hardshrink.out(values[:border], below, out=values[:border])
+        if border < values.numel():
+            torch.ops.aten.hardshrink.out(values[border:], self.value, out=values[border:])
+
 
 _NOT_FINITE = "the inputs hold infinite values or NaN"
 NONE = Cut(math.inf, -1)
@@ -63,11 +79,13 @@ NONE = Cut(math.inf, -1)
 
 @dataclass(frozen=True)
 class _Counted:
-    """What one chunk holds: its range, elements above a bracket, and what is inside.
+    """What a piece of the tensor holds: its range, elements above a bracket, and what is inside.
 
     Attributes:
         values: the distinct magnitudes inside the bracket, ascending; a numpy array.
         counts: how often each occurs; int64.
+        spare: low bits of magnitudes that may be dropped so that few distinct values remain.
+        rounded: whether they were, so that a value stands for several.
     """
 
     start: int
@@ -75,6 +93,8 @@ class _Counted:
     above: int
     values: Any
     counts: Any
+    spare: int = 0
+    rounded: bool = False
 
 
 class _Target:
@@ -122,66 +142,50 @@ class _Target:
             return
         values = np.concatenate(runs)
         rank = self._count / self._numel * values.size
-        middle = np.partition(values, _index(values.size, rank))[_index(values.size, rank)]
-        shares = np.array([np.count_nonzero(run > middle) for run in runs], dtype=float)
-        error = float(shares.std()) * math.sqrt(len(runs))
+        ordered = np.sort(values)
+        middle = ordered[_index(values.size, rank)]
+        if len(runs) == 1:
+            whole = values[: values.size // RUN * RUN].reshape(-1, RUN)
+            shares = np.count_nonzero(whole > middle, axis=1)
+        else:
+            shares = np.array([np.count_nonzero(run > middle) for run in runs])
+        error = float(shares.std()) * math.sqrt(len(shares))
         margin = min(_SIGMAS * error + 16, _WIDEST * values.size)
-        ends = [_index(values.size, rank + margin), _index(values.size, rank - margin)]
-        low, high = np.partition(values, ends)[ends]
+        low = ordered[_index(values.size, rank + margin)]
+        high = ordered[_index(values.size, rank - margin)]
         self._low = float(low) if rank + margin < values.size else 0.0
         self._high = float(high) if rank - margin > 0 else math.inf
 
     def count(self, values: Any, start: int) -> _Counted:
-        """Count the elements above the bracket, and the distinct values inside."""
+        """Count the elements above the bracket, and the distinct values inside.
+
+        Many elements may be equal to its ends, where inputs have few bits: these are only counted.
+        """
         import numpy as np
 
         if self.cut is not None:
             return _Counted(start, values.size, 0, values[:0], np.zeros(0, np.int64))
-        above = int(np.count_nonzero(values > self._high))
-        if self._low == self._high:
-            equal = int(np.count_nonzero(values == self._low))
-            distinct, counts = (
-                np.full(equal > 0, self._low, values.dtype),
-                np.full(equal > 0, equal),
-            )
-        else:
-            inside = (values >= self._low) & (values <= self._high)
-            distinct, counts = np.unique(values[inside], return_counts=True)
-        return _Counted(start, values.size, above, distinct, counts)
+        ends = np.array([self._low, self._high], values.dtype)
+        above = int(np.count_nonzero(values > ends[1]))
+        reaching = values >= ends[1]
+        high = int(np.count_nonzero(reaching)) - above
+        if ends[0] == ends[1]:
+            return _Counted(start, values.size, above, ends[:1], np.array([high]))
+        within = values > ends[0]
+        low = int(np.count_nonzero(values >= ends[0])) - int(np.count_nonzero(within))
+        within ^= reaching
+        # Taking by number is several times faster than by a mask.
+        distinct, counts = np.unique(values.take(np.flatnonzero(within)), return_counts=True)
+        distinct = np.concatenate([ends[:1], distinct, ends[1:]])
+        counts = np.concatenate([[low], counts, [high]])
+        lowest, highest = _bits(distinct[[0, -1]]).tolist()
+        spare = max((highest - lowest).bit_length() - _RESOLUTION, 0)
+        return _Counted(start, values.size, above, distinct, counts, spare)
 
-    def settle(self, chunks: Sequence[_Counted]) -> None:
-        """Find the cut if its value lies inside the bracket; its position may stay open."""
-        import numpy as np
+    def settle(self, pieces: Sequence[_Counted]) -> None:
+        """Find the cut if its value lies inside the bracket; its position may stay open.
 
-        if self.cut is not None:
-            return
-        whole = _join(chunks)
-        # How many elements are at least as large as each value, the largest value first.
-        reached = whole.above + np.cumsum(whole.counts[::-1])
-        index = int(np.searchsorted(reached, self._count))
-        if self._count <= whole.above or index == len(reached):
-            return
-        value = whole.values[::-1][index]
-        left = self._equal = self._count - int(reached[index] - whole.counts[::-1][index])
-        for chunk in chunks:
-            here = int(chunk.counts[chunk.values == value].sum())
-            if left <= here:
-                break
-            left -= here
-        self.cut, self._equal = Cut(float(value), -1), left
-        self.border = (chunk.start, chunk.size)
-
-    def histogram(self, values: Any, start: int) -> Any:
-        """Count the magnitudes by the upper bits of their float32 form, which order them."""
-        import numpy as np
-
-        if self.cut is not None:
-            return np.zeros(0, np.int64)
-        bits = values.astype(np.float32, copy=False).view(np.uint32) >> np.uint32(16)
-        return np.bincount(bits, minlength=2**15)
-
-    def bracket_by_bits(self, chunks: Sequence[Any]) -> None:
-        """Set the bracket to the bin of the histogram that holds the k-th largest.
+        If not, set the bracket to where it must lie.
 
         Raises:
             ValueError: it is not a finite number.
@@ -190,15 +194,44 @@ class _Target:
 
         if self.cut is not None:
             return
-        reached = np.cumsum(sum(chunks)[::-1])
-        upper = 2**15 - 1 - int(np.searchsorted(reached, self._count))
-        edges = np.array([upper, upper + 1], np.uint32) << np.uint32(16)
-        low, high = edges.view(np.float32)
-        if not np.isfinite(low):
+        whole = _merge(pieces)
+        # How many elements are at least as large as each value, the largest value first.
+        reached = whole.above + np.cumsum(whole.counts[::-1])
+        index = int(np.searchsorted(reached, self._count))
+        if self._count <= whole.above:
+            self._low, self._high = self._high, math.inf
+        elif index == len(reached):
+            if self._low == 0.0:
+                raise ValueError(_NOT_FINITE)
+            self._low, self._high = 0.0, self._low
+        elif whole.rounded:
+            higher = whole.values[::-1][index - 1] if index else self._high
+            self._low, self._high = float(whole.values[::-1][index]), float(higher)
+        else:
+            self._found(whole.values[::-1][index], self._count - int(reached[index]), pieces)
+
+    def _found(self, value: Any, beyond: int, pieces: Sequence[_Counted]) -> None:
+        """Set the cut's value, and the piece in which the last element that belongs lies.
+
+        Args:
+            value: the k-th largest magnitude.
+            beyond: k less the number of elements of at least that magnitude: zero or less.
+            pieces: what the tensor holds, in order.
+        """
+        import numpy as np
+
+        if not np.isfinite(value):
             raise ValueError(_NOT_FINITE)
-        # float64 values were rounded to float32 when they were counted.
-        self._low = float(np.nextafter(low, np.float32(0)))
-        self._high = float(high)
+        each = [int(piece.counts[piece.values == value].sum()) for piece in pieces]
+        left = sum(each) + beyond
+        self.cut = Cut(float(value), self._numel)
+        if not beyond:
+            return
+        for piece, here in zip(pieces, each, strict=True):
+            if left <= here:
+                self.border, self._equal = (piece.start, piece.size), left
+                return
+            left -= here
 
     def positions(self, values: Any, start: int) -> Any:
         """Return the numbers of the elements that are equal to the cut's value."""
@@ -219,15 +252,42 @@ def _index(size: int, rank: float) -> int:
     return min(max(size - round(rank), 0), size - 1)
 
 
-def _join(pieces: Sequence[_Counted]) -> _Counted:
-    """Put what neighbouring pieces of a tensor hold together."""
+def _bits(magnitudes: Any) -> Any:
+    """Return the bits of magnitudes as integers, in the same order as the magnitudes."""
     import numpy as np
 
-    values, place = np.unique(np.concatenate([p.values for p in pieces]), return_inverse=True)
+    return magnitudes.view(np.int32 if magnitudes.dtype == np.float32 else np.int64)
+
+
+def _merge(pieces: Sequence[_Counted]) -> _Counted:
+    """Put what neighbouring pieces of a tensor hold together, as fine as the coarsest of them."""
+    import numpy as np
+
+    values = np.concatenate([piece.values for piece in pieces])
+    rounded, spare = any(piece.rounded for piece in pieces), pieces[0].spare
+    if rounded:
+        values = (_bits(values) >> spare << spare).view(values.dtype)
+    values, place = np.unique(values, return_inverse=True)
     counts = np.zeros(len(values), np.int64)
-    np.add.at(counts, place, np.concatenate([p.counts for p in pieces]))
-    size, above = sum(p.size for p in pieces), sum(p.above for p in pieces)
-    return _Counted(pieces[0].start, size, above, values, counts)
+    np.add.at(counts, place, np.concatenate([piece.counts for piece in pieces]))
+    size, above = sum(piece.size for piece in pieces), sum(piece.above for piece in pieces)
+    return _Counted(pieces[0].start, size, above, values, counts, spare, rounded)
+
+
+def _limit(most: int) -> Callable[[Sequence[_Counted]], list[_Counted]]:
+    """Return a join of a chunk's pieces that holds about `most` distinct values, and no more than
+    2 ** _RESOLUTION if there are more.
+    """  # noqa: D205
+
+    def join(pieces: Sequence[_Counted]) -> list[_Counted]:
+        if sum(len(piece.values) for piece in pieces) <= most:
+            return list(pieces)
+        whole = _merge(pieces)
+        if len(whole.values) > most and whole.spare:
+            whole = _merge([replace(whole, rounded=True)])
+        return [whole]
+
+    return join
 
 
 def _concatenate(pieces: Sequence[Any]) -> Any:
@@ -236,22 +296,10 @@ def _concatenate(pieces: Sequence[Any]) -> Any:
     return np.concatenate(pieces)
 
 
-def _sample_runs(numel: int, row: int) -> tuple[tuple[int, int], ...]:
-    """Return runs, multiples of `row`, one at an irregular place in each of equal stretches."""
-    length = -(-_RUN // row) * row
-    stretch = numel / _RUNS
-    if length >= stretch:
-        return ((0, numel),)
-    starts = (int((i + (i * 0.6180339887) % 1.0) * stretch) // row * row for i in range(_RUNS))
-    return tuple((min(start, numel - length), length) for start in starts)
-
-
 def cuts(
     magnitudes: Magnitudes,
     wanted: Sequence[Sequence[int]],
     place: Place,
-    *,
-    whole_rows: bool = False,
 ) -> Measurement:
     """Return, for each quantity and each count k wanted of it, the Cut that keeps its k largest.
 
@@ -259,45 +307,44 @@ def cuts(
         magnitudes: the quantities.
         wanted: counts for each quantity.
         place: shape of the whole tensor.
-        whole_rows: whether `magnitudes` needs whole rows.
 
     Raises:
         ValueError: a quantity has NaN or infinite values where it counts.
     """
     targets = [_Target(i, k, place.numel) for i, counts in enumerate(wanted) for k in counts]
 
+    def missing() -> bool:
+        return any(target.cut is None for target in targets)
+
     def scan(
         name: str,
         join: Callable[[Sequence[Any]], Any],
         runs: tuple[tuple[int, int], ...] | None = None,
+        *,
+        sample: bool = False,
     ) -> Measurement:
         """Scan with method `name` of every target; return each target with its chunks' results."""
 
-        def look(tensors: Sequence[Tensor], here: Place) -> list[Any]:
-            arrays = [values.cpu().numpy() for values in magnitudes(tensors, here)]
+        def look(tensors: Tensor, here: Place) -> list[Any]:
+            arrays = magnitudes(tensors, here).cpu().numpy()
             return [getattr(t, name)(arrays[t.quantity], here.start) for t in targets]
 
         def join_each(pieces: list[Any]) -> list[Any]:
             return [join(parts) for parts in zip(*pieces, strict=True)]
 
-        chunks = yield Scan(look, join_each, runs)
+        chunks = yield Scan(look, join_each, runs, sample)
         return list(zip(targets, zip(*chunks, strict=True), strict=True))
 
-    if any(target.cut is None for target in targets):
-        if place.numel <= SMALL:
-            for target, found in (yield from scan("copy", _concatenate)):
-                target.select(_concatenate(found))
-        else:
-            runs = _sample_runs(place.numel, place.row if whole_rows else 1)
-            for target, found in (yield from scan("copy", _concatenate, runs)):
-                target.bracket(found)
-            for target, found in (yield from scan("count", _join)):
-                target.settle(found)
-    if any(target.cut is None for target in targets):
-        for target, found in (yield from scan("histogram", sum)):
-            target.bracket_by_bits(found)
-        for target, found in (yield from scan("count", _join)):
-            target.settle(found)
+    if missing() and place.numel <= SMALL:
+        for target, found in (yield from scan("copy", _concatenate)):
+            target.select(_concatenate(found))
+    if missing():
+        for target, found in (yield from scan("copy", _concatenate, sample=True)):
+            target.bracket(found)
+    while missing():
+        join = _limit(_DISTINCT * CHUNK // place.numel)
+        for target, found in (yield from scan("count", join)):
+            target.settle([piece for pieces in found for piece in pieces])
     borders = tuple(sorted({target.border for target in targets if target.border}))
     if borders:
         for target, found in (yield from scan("positions", _concatenate, borders)):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def combine(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+def combine(tensors: Tensor, factors: Sequence[float]) -> Tensor:
     """Return Σ fᵢ·xᵢ, in the memory of the first."""
     result = tensors[0].mul_(factors[0])
     for tensor, factor in zip(tensors[1:], factors[1:], strict=True):

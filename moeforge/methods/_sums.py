@@ -12,16 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def blocks(tensor: Tensor) -> Iterable[Tensor]:
-    """Return the blocks of a slice that begins at a block's start."""
-    return tensor.split(BLOCK)  # type: ignore[no-any-return, no-untyped-call]
+def blocks(tensors: Tensor) -> Iterable[Tensor]:
+    """Return the blocks [inputs, elements] of slices that begin at a block's start."""
+    return tensors.split(BLOCK, dim=-1)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def absolute(tensor: Tensor) -> list[float]:
-    """Return Σ|x| of each block, in float64."""
-    import torch
-
-    return [float(block.abs().sum(dtype=torch.float64)) for block in blocks(tensor)]
+def absolute(tensors: Tensor) -> list[list[float]]:
+    """Return Σ|x| of each tensor for each block: [blocks][tensors]."""
+    return [block.abs().sum(-1).tolist() for block in blocks(tensors)]
 
 
 def add_up(sums: Iterable[Sequence[float]]) -> tuple[float, ...]:
@@ -29,7 +27,7 @@ def add_up(sums: Iterable[Sequence[float]]) -> tuple[float, ...]:
     return tuple(map(math.fsum, zip(*sums, strict=True)))
 
 
-def total(look: Callable[[Sequence[Tensor], Place], list[tuple[float, ...]]]) -> Measurement:
+def total(look: Callable[[Tensor, Place], list[tuple[float, ...]]]) -> Measurement:
     """Scan once for tuples of sums, one tuple for each block, and return their totals."""
 
     def join(pieces: list[list[tuple[float, ...]]]) -> tuple[float, ...]:
@@ -38,23 +36,20 @@ def total(look: Callable[[Sequence[Tensor], Place], list[tuple[float, ...]]]) ->
     return add_up((yield Scan(look, join)))
 
 
-def gram(vectors: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> Measurement:
+def gram(vectors: Callable[[Tensor], Tensor]) -> Measurement:
     """Scan once and return the Gram matrix ⟨vᵢ, vⱼ⟩ of whole tensors, [n, n] in float64.
 
     Products of float32 numbers are exact in float64, so the angle between nearly equal tensors
     keeps eight digits more than in float32.
 
     Args:
-        vectors: the vectors of a slice, from its inputs.
+        vectors: the vectors of a slice, from its inputs; [n, elements] both.
     """
     import torch
 
-    def look(tensors: Sequence[Tensor], place: Place) -> list[Tensor]:
-        products = []
-        for parts in zip(*map(blocks, vectors(tensors)), strict=True):
-            matrix = torch.stack(parts).double()
-            products.append((matrix @ matrix.T).cpu())
-        return products
+    def look(tensors: Tensor, place: Place) -> list[Tensor]:
+        matrices = (block.double() for block in blocks(vectors(tensors)))
+        return [(matrix @ matrix.T).cpu() for matrix in matrices]
 
     def join(pieces: list[list[Tensor]]) -> Tensor:
         return torch.stack([product for piece in pieces for product in piece]).sum(0)

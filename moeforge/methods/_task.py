@@ -17,9 +17,9 @@ from moeforge.methods._sums import absolute, total
 if TYPE_CHECKING:
     from torch import Tensor
 
-Sparsify = Callable[[int, "Tensor", Params, Any, Place], "Tensor"]
-"""(index among the models that are not the base, delta, params, what `find` returned, place) ->
-the delta with its small or unlucky elements set to zero; may overwrite it."""
+Sparsify = Callable[[int, "Tensor", Params, Any, Place], None]
+"""(index among the models that are not the base, delta, params, what `find` returned, place): sets
+small or unlucky elements of the delta to zero."""
 Find = Callable[[Params, Place], Measurement]
 
 
@@ -45,57 +45,61 @@ def densities(params: Params) -> tuple[float, ...]:
     return tuple(params["density"][1:])
 
 
-def deltas(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the differences from the first tensor, in the others' memory."""
-    base, *others = tensors
-    return [tensor.sub_(base) for tensor in others]
+def deltas(tensors: Tensor) -> Tensor:
+    """Return the differences from the first of `tensors` [inputs, elements], in their memory."""
+    return tensors[1:].sub_(tensors[0])
 
 
-def majority(parts: Sequence[Tensor]) -> Tensor:
-    """Return the sign of the sum of `parts`, element by element: 1 or −1, 1 for zero."""
-    import torch
+def added(parts: Tensor) -> Tensor:
+    """Return the sum of `parts` [models, elements], in memory of its own."""
+    result = parts[0].clone()
+    for part in parts[1:]:  # faster than a reduction over the first dimension
+        result.add_(part)
+    return result
 
-    sign = parts[0].clone()
-    for part in parts[1:]:
-        sign.add_(part)
+
+_TINIEST = 2.0**-126
+"""The smallest normal float32: it decides the sign of a sum only where that is zero."""
+
+
+def majority(parts: Tensor) -> Tensor:
+    """Return the sign of the sum of `parts` [models, elements], 1 or −1; 1 where it is zero."""
     # In floats throughout: comparisons into bools and selections by them are far slower.
-    torch.ge(sign, 0.0, out=sign)
-    return sign.mul_(2.0).sub_(1.0)
+    return added(parts).add_(_TINIEST).sign_()
 
 
-def elect(parts: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+def elect(parts: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor:
     """Return the sum of those of `parts` that have the sign of their sum, element by element.
 
     With `normalize` it is divided by the sum of the weights of the parts that take part. Overwrites
-    `parts`.
+    `parts` [models, elements].
     """
     import torch
 
     sign = majority(parts)
-    result = torch.zeros_like(sign)
-    divisor = torch.zeros_like(sign) if normalize else None
-    for part, weight in zip(parts, weights, strict=True):
-        agreeing = part.mul_(sign).clamp_(min=0.0)
-        result.add_(agreeing)
-        if divisor is not None:
-            divisor.add_(agreeing.sign_(), alpha=weight)
-    result.mul_(sign)
-    if divisor is not None:
-        nobody = torch.eq(divisor, 0.0, out=sign)
-        result.div_(divisor.add_(nobody))
-    return result
+    agreeing = parts.mul_(sign).clamp_(min=0.0)
+    result = added(agreeing)
+    if not normalize:
+        return result.mul_(sign)
+    taking = agreeing.sign_()
+    if len(set(weights)) == 1:
+        # Where nobody takes part the result is zero, whatever it is divided by.
+        divisor = added(taking).clamp_(min=1.0).mul_(weights[0])
+    else:
+        weight = torch.tensor(weights, dtype=parts.dtype, device=parts.device)[:, None]
+        divisor = added(taking.mul_(weight))
+        divisor.add_(torch.eq(divisor, 0.0, out=torch.empty_like(divisor)))
+    return result.mul_(sign.div_(divisor))
 
 
-def _sum(parts: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
-    result = parts[0]
-    for part in parts[1:]:
-        result.add_(part)
+def _sum(parts: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor:
+    result = added(parts)
     divisor = sum(weights)
     return result.div_(divisor) if normalize and abs(divisor) >= 1e-8 else result
 
 
-def _keep(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> Tensor:
-    return delta
+def _keep(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
+    """Leave the delta as it is."""
 
 
 def _nothing(params: Params, place: Place) -> Measurement:
@@ -133,14 +137,11 @@ def task_method(
         check: as in Method.
     """
 
-    def sparsified(
-        tensors: Sequence[Tensor], params: Params, found: Any, place: Place
-    ) -> list[Tensor]:
-        shares = densities(params)
-        return [
-            sparsify(i, delta, params, found, place) if shares[i] < 1 else delta
-            for i, delta in enumerate(deltas(tensors))
-        ]
+    def sparsified(parts: Tensor, params: Params, found: Any, place: Place) -> Tensor:
+        for i, share in enumerate(densities(params)):
+            if share < 1:
+                sparsify(i, parts[i], params, found, place)
+        return parts
 
     def measure(params: Params, place: Place) -> Measurement:
         shares = densities(params)
@@ -148,10 +149,11 @@ def task_method(
         factors = [1.0] * len(shares)
         if params["rescale"] and sparsify is not _keep and any(0 < s < 1 for s in shares):
 
-            def look(tensors: Sequence[Tensor], here: Place) -> list[tuple[float, ...]]:
-                whole = [absolute(delta) for delta in deltas([t.clone() for t in tensors])]
-                kept = [absolute(delta) for delta in sparsified(tensors, params, found, here)]
-                return list(zip(*whole, *kept, strict=True))
+            def look(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
+                parts = deltas(tensors)
+                whole = absolute(parts)
+                kept = absolute(sparsified(parts, params, found, here))
+                return [(*a, *b) for a, b in zip(whole, kept, strict=True)]
 
             sums = yield from total(look)
             whole, kept = sums[: len(shares)], sums[len(shares) :]
@@ -161,16 +163,15 @@ def task_method(
             ]
         return Stats(found, tuple(factors))
 
-    def merge(tensors: Sequence[Tensor], params: Params, stats: Stats, place: Place) -> Tensor:
-        base = tensors[0]
+    def merge(tensors: Tensor, params: Params, stats: Stats, place: Place) -> Tensor:
         weights = params["weight"][1:]
-        parts = sparsified(tensors, params, stats.found, place)
+        parts = sparsified(deltas(tensors), params, stats.found, place)
         for part, weight, factor in zip(parts, weights, stats.factors, strict=True):
             if weight * factor != 1.0:
                 part.mul_(weight * factor)
         combine = elect if consensus else _sum
         result = combine(parts, weights, normalize=params["normalize"])
-        return base.add_(result, alpha=params["lambda"])
+        return tensors[0].add_(result, alpha=params["lambda"])
 
     return Method(
         title=title,

@@ -5,7 +5,6 @@ In memory: rows of one block, and what `_select` says while the three quartiles 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moeforge.methods import Measurement, Method, Params, Place
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def importance(tensors: Sequence[Tensor], place: Place) -> Tensor:
+def importance(tensors: Tensor, place: Place) -> Tensor:
     """Return |x − base| times the divergence of its row, flat; zero or more.
 
     The divergence of a row is KL(softmax(x) ‖ softmax(base)), each probability 1e-8 larger so that
@@ -23,33 +22,33 @@ def importance(tensors: Sequence[Tensor], place: Place) -> Tensor:
     """
     import torch
 
-    base, other = (tensor.view(-1, place.row) for tensor in tensors)
+    base, other = tensors.reshape(2, -1, place.row)
     p, q = (rows.softmax(-1, dtype=torch.float64).add_(1e-8) for rows in (other, base))
     divergence = (p * (p / q).log_()).sum(-1, keepdim=True)
     # The divergence is zero or more, but for rounding.
     scale = divergence.clamp_(min=0.0).to(base.dtype)
-    return (other - base).abs_().mul_(scale).flatten()
+    result: Tensor = (other - base).abs_().mul_(scale).flatten()
+    return result
 
 
 def measure(params: Params, place: Place) -> Measurement:
     """Return the importance from which on the other model counts: median + 1.5·(q₃ − q₁)."""
     ascending = [int(share * (place.numel - 1)) for share in (0.25, 0.5, 0.75)]
     counts = [place.numel - index for index in ascending]
-    found = yield from cuts(
-        lambda tensors, here: [importance(tensors, here)], [counts], place, whole_rows=True
-    )
+    found = yield from cuts(lambda tensors, here: importance(tensors, here)[None], [counts], place)
     first, median, third = (cut.value for cut in found[0])
     return median + 1.5 * (third - first)
 
 
-def merge(tensors: Sequence[Tensor], params: Params, stats: float, place: Place) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: float, place: Place) -> Tensor:
     """Return base + (x − base) where the importance reaches the threshold."""
     import torch
 
     weight = importance(tensors, place)
     kept = torch.ge(weight, stats, out=weight)
     base, other = tensors
-    return base.addcmul_(other.sub_(base), kept)
+    result: Tensor = base.addcmul_(other.sub_(base), kept)
+    return result
 
 
 METHOD = Method(

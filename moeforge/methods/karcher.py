@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moeforge.methods import Measurement, Method, Param, Params, Place
@@ -55,7 +54,7 @@ def measure(params: Params, place: Place) -> Measurement:
     """Return the factor of each input, or None where all are zero."""
     import torch
 
-    products = yield from gram(list)
+    products = yield from gram(lambda tensors: tensors)
     lengths = norms(products)
     if len(lengths) == 1:
         return (1.0,)
@@ -67,9 +66,7 @@ def measure(params: Params, place: Place) -> Measurement:
     return tuple((float(lengths.mean()) * point / safe).tolist())
 
 
-def merge(
-    tensors: Sequence[Tensor], params: Params, stats: tuple[float, ...] | None, place: Place
-) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: tuple[float, ...] | None, place: Place) -> Tensor:
     """Return the mean at the inputs' mean length; zeros where no input is longer than `tol`."""
     return tensors[0].zero_() if stats is None else combine(tensors, stats)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeforge.methods import REQUIRED, Method, Param, Params, Place
@@ -18,7 +17,7 @@ def check(params: Params) -> str:
     return ""
 
 
-def merge(tensors: Sequence[Tensor], params: Params, stats: Any, place: Place) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: Any, place: Place) -> Tensor:
     """Return Σ wᵢ·xᵢ; with `normalize`, the weights are first divided by their sum."""
     divisor = sum(params["weight"]) if params["normalize"] else 1.0
     first, *others = (weight / divisor for weight in params["weight"])

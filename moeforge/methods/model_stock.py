@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeforge.methods import Measurement, Method, Param, Params, Place
@@ -44,21 +43,18 @@ def measure(params: Params, place: Place) -> Measurement:
     return None if params["filter_wise"] else float(ratio((yield from gram(deltas))))
 
 
-def merge(tensors: Sequence[Tensor], params: Params, stats: float | None, place: Place) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: float | None, place: Place) -> Tensor:
     """Return base + t · mean difference."""
     import torch
 
     base, differences = tensors[0], deltas(tensors)
     if stats is None:
-        rows_KRC = torch.stack([d.view(-1, place.row) for d in differences]).double()
+        rows_KRC = differences.reshape(len(differences), -1, place.row).double()
         each = ratio(torch.einsum("irc,jrc->ijr", rows_KRC, rows_KRC).cpu())
         t: Any = each.to(base).repeat_interleave(place.row)
     else:
         t = stats
-    total = differences[0]
-    for difference in differences[1:]:
-        total.add_(difference)
-    return base.add_(total.mul_(t / len(differences)))
+    return base.add_(differences.sum(0).mul_(t / len(differences)))
 
 
 METHOD = Method(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _split(tensors: Sequence[Tensor], params: Params) -> tuple[Tensor | None, Sequence[Tensor]]:
+def _split(tensors: Tensor, params: Params) -> tuple[Tensor | None, Tensor]:
     """Return the base, if there is one, and the vectors: differences from it, or the inputs."""
     if params["weight"][0] is None:
         return tensors[0], deltas(tensors)
@@ -67,9 +67,7 @@ def measure(params: Params, place: Place) -> Measurement:
     return factors(products, weights, params["eps"])
 
 
-def merge(
-    tensors: Sequence[Tensor], params: Params, stats: tuple[float, ...], place: Place
-) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: tuple[float, ...], place: Place) -> Tensor:
     """Return base + Σ fᵢ·vᵢ; a single model as it is, whatever base and weight."""
     if len(stats) == 1:
         return tensors[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeforge.methods import REQUIRED, Method, Param, Params, Place
@@ -11,12 +10,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def merge(tensors: Sequence[Tensor], params: Params, stats: Any, place: Place) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: Any, place: Place) -> Tensor:
     """Return w·x + (1 − w)·base with w = clamp(t / max(|base − x|, 1e-6), 0, 1)."""
     base, other = tensors
     share = (base - other).abs_().clamp_(min=1e-6).reciprocal_().mul_(params["t"]).clamp_(0.0, 1.0)
     other.mul_(share)
-    return other.addcmul_(base, share.neg_().add_(1.0))
+    result: Tensor = other.addcmul_(base, share.neg_().add_(1.0))
+    return result
 
 
 METHOD = Method(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeforge.methods import REQUIRED, Measurement, Method, Param, Params, Place, Scan
@@ -25,7 +24,7 @@ def _share(params: Params) -> float:
     return second / (first + second) if abs(first + second) >= 1e-6 else 0.5
 
 
-def _vectors(tensors: Sequence[Tensor], params: Params) -> Sequence[Tensor]:
+def _vectors(tensors: Tensor, params: Params) -> Tensor:
     return deltas(tensors) if params["weight"][0] is None else tensors
 
 
@@ -61,11 +60,11 @@ def rows(params: Params) -> bool:
     return not params["nuslerp_flatten"]
 
 
-def _products(pair: Sequence[Tensor], along: int) -> Tensor:
+def _products(pair: Tensor, along: int) -> Tensor:
     """Return ⟨a, a⟩, ⟨b, b⟩, ⟨a, b⟩ over dimension `along`, in float64, [3, …]."""
     import torch
 
-    a, b = (vector.double() for vector in pair)
+    a, b = pair.double()
     return torch.stack([(a * a).sum(along), (b * b).sum(along), (a * b).sum(along)])
 
 
@@ -85,12 +84,12 @@ def measure(params: Params, place: Place) -> Measurement:
         return None
     width = place.numel // place.shape[0] if place.shape[0] else 0
 
-    def look(tensors: Sequence[Tensor], here: Place) -> Any:
+    def look(tensors: Tensor, here: Place) -> Any:
         # A slice may begin amid a row of more than two dimensions: its elements are added one by
         # one at their places.
         products = torch.zeros(3, width, dtype=torch.float64)
         column = torch.arange(here.start, here.start + tensors[0].numel()) % width
-        a, b = (vector.double().cpu() for vector in _vectors(tensors, params))
+        a, b = _vectors(tensors, params).double().cpu()
         for index, product in enumerate((a * a, b * b, a * b)):
             products[index].index_add_(0, column, product)
         return products
@@ -101,7 +100,7 @@ def measure(params: Params, place: Place) -> Measurement:
     return coefficients(t, join((yield Scan(look, join))))
 
 
-def merge(tensors: Sequence[Tensor], params: Params, stats: Any, place: Place) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: Any, place: Place) -> Tensor:
     """Return the interpolated vectors, added to the base if there is one."""
     import torch
 
@@ -112,11 +111,11 @@ def merge(tensors: Sequence[Tensor], params: Params, stats: Any, place: Place) -
         count = vectors[0].numel()
         if stats is not None:
             column = torch.arange(place.start, place.start + count) % len(stats[0])
-            factors = [factor[column].to(vectors[0]) for factor in stats]
+            factors = [factor[column].to(vectors) for factor in stats]
         else:
-            pair = [vector.view(-1, place.row) for vector in vectors]
+            pair = vectors.reshape(2, -1, place.row)
             each = coefficients(_share(params), _products(pair, 1).cpu())
-            factors = [factor.to(pair[0]).repeat_interleave(place.row) for factor in each]
+            factors = [factor.to(vectors).repeat_interleave(place.row) for factor in each]
         result = vectors[0].mul_(factors[0]).addcmul_(vectors[1], factors[1])
     return tensors[0].add_(result) if params["weight"][0] is None else result
 

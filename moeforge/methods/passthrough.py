@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeforge.methods import Method, Param, Params, Place
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def merge(tensors: Sequence[Tensor], params: Params, stats: Any, place: Place) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: Any, place: Place) -> Tensor:
     """Return scale · x. Where `scale` is not set the planner leaves the tensor a plain copy."""
     return tensors[0].mul_(params["scale"][0])
 

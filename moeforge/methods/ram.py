@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeforge.methods import Method, Param, Params, Place
@@ -12,13 +11,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def merge(tensors: Sequence[Tensor], params: Params, stats: Any, place: Place) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: Any, place: Place) -> Tensor:
     """Return base + the mean, element by element, of the differences that exceed epsilon."""
     parts, _, count = active(tensors, params["epsilon"])
-    result = parts[0]
-    for part in parts[1:]:
-        result.add_(part)
-    return tensors[0].add_(result.div_(count.clamp_(min=1.0)))
+    return tensors[0].add_(parts.sum(0).div_(count.clamp_(min=1.0)))
 
 
 METHOD = Method(

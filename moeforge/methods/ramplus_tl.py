@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moeforge.methods import Measurement, Method, Param, Params, Place
@@ -19,27 +18,22 @@ def measure(params: Params, place: Place) -> Measurement:
 
     epsilon = params["epsilon"]
 
-    def look(tensors: Sequence[Tensor], here: Place) -> list[tuple[float, ...]]:
+    def look(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
         _, where, count = active(tensors, epsilon)
         alone = torch.eq(count, 1.0, out=torch.empty_like(count))
-        counts = []
-        for mask in where:
-            everywhere = float(mask.sum(dtype=torch.float64))
-            unique = float(mask.mul_(alone).sum(dtype=torch.float64))
-            counts += [everywhere - unique, unique]
-        return [tuple(counts)]
+        everywhere = where.sum(1, dtype=torch.float64).tolist()
+        return [(*everywhere, *where.mul_(alone).sum(1, dtype=torch.float64).tolist())]
 
     counts = yield from total(look)
+    models = len(counts) // 2
     ratios = [
-        shared / max(unique, epsilon)
-        for shared, unique in zip(counts[::2], counts[1::2], strict=True)
+        (everywhere - unique) / max(unique, epsilon)
+        for everywhere, unique in zip(counts[:models], counts[models:], strict=True)
     ]
     return tuple(1.0 + params["r"] * min(max(rho, 0.0), params["alpha"]) for rho in ratios)
 
 
-def merge(
-    tensors: Sequence[Tensor], params: Params, stats: tuple[float, ...], place: Place
-) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: tuple[float, ...], place: Place) -> Tensor:
     """Return base + mean of the differences that exceed epsilon, unique ones times λ."""
     import torch
 

@@ -6,7 +6,7 @@ a slice of each model, and what `_select` says while the threshold of the varian
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from moeforge.methods import Measurement, Method, Param, Params, Place, Scan
@@ -21,39 +21,28 @@ _TINY = 1e-6
 """A sum of energies, or of weights, below this counts as zero."""
 
 
-def variance(parts: Sequence[Tensor]) -> Tensor:
-    """Return the population variance over models, element by element."""
-    mean = parts[0].clone()
-    for part in parts[1:]:
-        mean.add_(part)
-    mean.div_(len(parts))
-    result = (parts[0] - mean).square_()
-    for part in parts[1:]:
-        result.add_((part - mean).square_())
-    return result.div_(len(parts))
+def variance(parts: Tensor) -> Tensor:
+    """Return the population variance over models, element by element; parts [models, elements]."""
+    return (parts - parts.mean(0)).square_().mean(0)
 
 
 def _find_cut(share: float, place: Place) -> Measurement:
     """Return the Cut of the elements that vary most: a share of those that vary at all."""
     import numpy as np
 
-    def count(tensors: Sequence[Tensor], here: Place) -> list[tuple[float, ...]]:
+    def count(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
         return [(float(np.count_nonzero(variance(deltas(tensors)).cpu().numpy())),)]
 
     (varying,) = yield from total(count)
     # In float32, as mergekit: of 100 elements a share of 0.29 is 29, not 28.
     wanted = int(np.float32(varying) * np.float32(max(share, 0.0)))
-    found = yield from cuts(lambda t, here: [variance(deltas(t))], [[wanted]], place)
+    found = yield from cuts(lambda t, here: variance(deltas(t))[None], [[wanted]], place)
     return found[0][0]
 
 
-def _selected(tensors: Sequence[Tensor], cut: Cut | None, place: Place) -> list[Tensor]:
+def _selected(tensors: Tensor, cut: Cut | None, place: Place) -> Tensor:
     parts = deltas(tensors)
-    if cut is not None:
-        kept = cut(variance(parts), place.start)
-        for part in parts:
-            part.mul_(kept)
-    return parts
+    return parts if cut is None else parts.mul_(cut(variance(parts), place.start))
 
 
 def measure(params: Params, place: Place) -> Generator[Scan, list[Any], Any]:
@@ -64,9 +53,9 @@ def measure(params: Params, place: Place) -> Generator[Scan, list[Any], Any]:
     share = params["select_topk"]
     cut = (yield from _find_cut(share, place)) if share < 1 else None
 
-    def squares(tensors: Sequence[Tensor], here: Place) -> list[tuple[float, ...]]:
-        split = [blocks(part) for part in _selected(tensors, cut, here)]
-        return [tuple(float(block.dot(block)) for block in one) for one in zip(*split, strict=True)]
+    def squares(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
+        found = blocks(_selected(tensors, cut, here))
+        return [tuple(block.square().sum(1).tolist()) for block in found]
 
     energies = [sum_ / max(place.numel, 1) for sum_ in (yield from total(squares))]
     whole = sum(energies)
@@ -75,21 +64,18 @@ def measure(params: Params, place: Place) -> Generator[Scan, list[Any], Any]:
     return cut, tuple(energy / whole for energy in energies)
 
 
-def merge(
-    tensors: Sequence[Tensor], params: Params, stats: tuple[Any, ...], place: Place
-) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: tuple[Any, ...], place: Place) -> Tensor:
     """Return base + Σ wᵢ·δᵢ / Σ wᵢ over the models whose sign is that of Σ δ."""
     import torch
 
     cut, weights = stats
     parts = _selected(tensors, cut, place)
     sign = majority(parts)
-    result, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
-    for part, weight in zip(parts, weights, strict=True):
-        agreeing = part.mul_(sign).clamp_(min=0.0)
-        result.add_(agreeing, alpha=weight)
-        divisor.add_(agreeing.sign_(), alpha=weight)
-    return tensors[0].add_(result.mul_(sign).div_(divisor.clamp_(min=_TINY)))
+    agreeing = parts.mul_(sign).clamp_(min=0.0)
+    weight = torch.tensor(weights, dtype=parts.dtype, device=parts.device)[:, None]
+    result = (agreeing * weight).sum(0)
+    divisor = agreeing.sign_().mul_(weight).sum(0).clamp_(min=_TINY)
+    return tensors[0].addcmul_(result, sign.div_(divisor))
 
 
 METHOD = Method(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moeforge.methods import REQUIRED, Measurement, Method, Param, Params, Place
@@ -18,15 +17,12 @@ _COLLINEAR = 0.9995
 """Above this |cosine| the arc is flat: linear interpolation, which needs no division by sin θ."""
 
 
-def _sums(tensors: Sequence[Tensor], place: Place) -> list[tuple[float, ...]]:
+def _sums(tensors: Tensor, place: Place) -> list[tuple[float, ...]]:
     """Return Σa², Σb², Σab of each block, a being the base.
 
     A block's sums are in float32, good to some 1e-7; blocks are added up exactly.
     """
-    return [
-        (float(a.dot(a)), float(b.dot(b)), float(a.dot(b)))
-        for a, b in zip(*map(blocks, tensors), strict=True)
-    ]
+    return [(float(a.dot(a)), float(b.dot(b)), float(a.dot(b))) for a, b in blocks(tensors)]
 
 
 def measure(params: Params, place: Place) -> Measurement:
@@ -51,9 +47,7 @@ def coefficients(t: float, sums: tuple[float, ...]) -> tuple[float, float]:
     return math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 
-def merge(
-    tensors: Sequence[Tensor], params: Params, stats: tuple[float, float], place: Place
-) -> Tensor:
+def merge(tensors: Tensor, params: Params, stats: tuple[float, float], place: Place) -> Tensor:
     """Return factor_a · a + factor_b · b."""
     factor_a, factor_b = stats
     return tensors[0].mul_(factor_a).add_(tensors[1], alpha=factor_b)
