@@ -354,10 +354,9 @@ def parse_kind(data: dict[str, Any]) -> Recipe:
     Raises:
         ValidationError: with every mistake.
     """
-    # mergekit takes an empty list for a key that is not there.
-    data = {
-        key: value for key, value in data.items() if key not in KINDS or value or key == "experts"
-    }
+    filled = [key for key in KINDS if data.get(key)]
+    if filled:  # mergekit takes an empty list for a key that is not there
+        data = {key: value for key, value in data.items() if key not in KINDS or key in filled}
     present = [key for key in KINDS if key in data]
     if not present:
         # Guess the kind from a misspelt key, so that the message can name the right word.
