@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moeforge.planners import Model, Planner
 from moeforge.planners.model import from_source
+from moeforge.planners.vocab import tokens_of
 from moeforge.plans import Plan
 from moeforge.recipe import MoeRecipe, Recipe, average
 from moeforge.routers import Weights
@@ -28,11 +29,20 @@ def _loader(model: Model) -> Callable[[], nn.Module]:
 
 
 def _parts(planner: Planner, recipe: Recipe, plan: Plan) -> dict[str, Model]:
-    """Return the models that the result is compared with by label: its parts and their average."""
+    """Return the models that the result is compared with by label: its parts and their average.
+
+    Losses per token compare only where the tokens are the same: inputs with another tokenizer than
+    the result's are left out.
+    """
     if not isinstance(recipe, MoeRecipe):
-        return {key: from_source(source) for key, source in plan.sources.items()}
+        models = {key: from_source(source) for key, source in plan.sources.items() if source.config}
+        models = {key: model for key, model in models.items() if model.layers.count}
+        changed = plan.tokenizer.tokens if plan.tokenizer else None
+        if changed is None:
+            return models
+        return {k: model for k, model in models.items() if tokens_of(model).ids == changed.ids}
     experts = [expert.source_model for expert in recipe.experts]
-    models: dict[str, Model] = {}
+    models = {}
     for entry in (recipe.base_model, *experts):
         model = planner.model(entry, ("evaluate",))
         assert model is not None, "it was planned before"

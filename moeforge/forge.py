@@ -124,14 +124,12 @@ def build(
     folder.refuse_existing(target, overwrite=overwrite)
     _check_room(plan, settings, target)
     with folder.staging(target, overwrite=overwrite) as work:
-        if plan.experts:
-            routers = compute_routers(
-                plan, prepared.planner, prepared.loaded.recipe, prepared.prompts, device, progress
-            )
-            plan = replace(plan, sources={**plan.sources, ROUTERS: routers})
         folder.copy_companions(plan.donor.folder, work)
         if plan.tokenizer:
             plan.tokenizer.write(work)
+        if plan.experts:
+            routers = compute_routers(prepared, work, device, progress)
+            plan = replace(plan, sources={**plan.sources, ROUTERS: routers})
         total = plan.nbytes
         engine.run(plan, shards, work, settings, lambda done: progress("tensors", done, total))
         folder.write_json(work / "config.json", plan.config)

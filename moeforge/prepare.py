@@ -10,7 +10,7 @@ from typing import Any
 from moeforge import gates
 from moeforge import recipe as recipes
 from moeforge.errors import Finding, MoeforgeError, PlanError
-from moeforge.output.folder import has_chat_template, has_tokenizer
+from moeforge.output.folder import differing_modules, has_chat_template, has_tokenizer
 from moeforge.planners import Planner
 from moeforge.plans import Plan
 from moeforge.recipe import Adapter, LoadedRecipe, MoeRecipe, Prompt, Recipe, Reference
@@ -127,6 +127,8 @@ def prepare(recipe: str | Path | dict[str, Any], *, offline: bool) -> Prepared:
     except MoeforgeError as error:
         raise type(error)(*loaded.place([*error.findings, *findings])) from error.__cause__
     _check_tokenizer(plan, loaded.recipe, prompts, findings)
+    folders = (source.folder for source in plan.sources.values())
+    findings += differing_modules(plan.donor.folder, folders)
     if findings:
         raise PlanError(*loaded.place(findings))
     return Prepared(loaded, planner, plan, prompts)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeforge import gates
 from moeforge.engine.whole import evaluate
 from moeforge.errors import BuildError, Finding
 from moeforge.gates import GateInput
-from moeforge.planners import Model, Planner
+from moeforge.planners import Model
 from moeforge.planners.model import EMBEDDINGS
 from moeforge.plans import ROUTERS, Plan, Read
-from moeforge.prepare import ExpertPrompt
-from moeforge.recipe import MoeRecipe, Recipe
+from moeforge.prepare import ExpertPrompt, Prepared
+from moeforge.recipe import MoeRecipe
 from moeforge.sources import Source
 from moeforge.sources.memory import MemorySource
 from moeforge.tensors import FLOAT32, TensorSpec
@@ -59,20 +60,13 @@ class Weights:
 
 
 def compute_routers(
-    plan: Plan,
-    planner: Planner,
-    recipe: Recipe,
-    prompts: Sequence[ExpertPrompt],
-    device: str,
-    progress: Callable[[str, int, int], None],
+    prepared: Prepared, folder: Path, device: str, progress: Callable[[str, int, int], None]
 ) -> Source:
-    """Return the router weights of `plan` as a source, in float32.
+    """Return the router weights of a mixture as a source, in float32.
 
     Args:
-        plan: a plan for a mixture.
-        planner: the planner that made it.
-        recipe: its recipe.
-        prompts: expert, negative or not, and prompt.
+        prepared: its recipe, planned.
+        folder: holds the tokenizer of the result.
         device: torch device that the base runs on.
         progress: told the layers done.
 
@@ -80,6 +74,7 @@ def compute_routers(
         SourceError: the tokenizer cannot be used.
         BuildError: the base cannot be run, or the gates are not finite.
     """
+    plan, planner, recipe = prepared.plan, prepared.planner, prepared.loaded.recipe
     assert isinstance(recipe, MoeRecipe)
     assert plan.experts is not None
     base = planner.model(recipe.base_model, ("base_model",))
@@ -87,7 +82,7 @@ def compute_routers(
     depth = len(plan.experts.routers)
     hidden = int(plan.config["hidden_size"])
     weights = Weights(base)
-    tokenized = _tokenize(plan, prompts)
+    tokenized = _tokenize(plan, folder, prepared.prompts)
 
     def walk() -> Iterator[Sequence[LayerInputs]]:
         from moeforge.forward import layer_inputs
@@ -111,14 +106,13 @@ def compute_routers(
     return _as_source(gates_LEH, plan.experts.routers)
 
 
-def _tokenize(plan: Plan, prompts: Sequence[ExpertPrompt]) -> Sequence[Any]:
+def _tokenize(plan: Plan, folder: Path, prompts: Sequence[ExpertPrompt]) -> Sequence[Any]:
     if not prompts:
         return []
     from moeforge.gates._tokenize import load_tokenizer, tokenize
 
-    assert plan.donor.folder is not None
     most = plan.config.get("max_position_embeddings")
-    return tokenize(load_tokenizer(plan.donor.folder), prompts, most)
+    return tokenize(load_tokenizer(folder), prompts, most)
 
 
 def _as_source(gates_LEH: Tensor, names: Sequence[str]) -> Source:

@@ -13,7 +13,7 @@ ROOT = Path(moeforge.__file__).parent
 
 FLOORS = [
     {"errors", "version"},
-    {"tensors", "catalog", "configs"},
+    {"tensors", "catalog", "configs", "vocabulary"},
     {"recipe", "plans", "sources", "forward"},
     {"methods", "families", "gates"},
     {"planners", "engine", "output", "proof"},

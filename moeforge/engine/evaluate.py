@@ -13,7 +13,6 @@ import torch
 
 from moeforge import methods
 from moeforge.engine import WINDOW, rows
-from moeforge.errors import BuildError, Finding
 from moeforge.methods import BLOCK, Place, Scan
 from moeforge.plans import (
     Concat,
@@ -177,8 +176,7 @@ class Evaluator:
             theirs = bytearray(len(out))
             self._raw(other, start, memoryview(theirs))
             if theirs != out:
-                what = "it differs between the models, and integers cannot be merged"
-                raise BuildError(Finding(what, "Merge models that agree in it."))
+                raise ValueError("it differs between the models, and integers cannot be merged")
 
     def scan(
         self, node: Merge, scan: Scan, working: DType, whole: Whole, start: int, count: int

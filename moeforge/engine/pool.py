@@ -128,7 +128,7 @@ def explain(error: BaseException, tensor: str) -> MoeforgeError:
     """Return what to raise for an error that came up while `tensor` was made."""
     if isinstance(error, MoeforgeError):
         return error
-    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
     explained = BuildError(Finding(f"{tensor}: {kind}{error}", "Nothing was published."))
     explained.__cause__ = error
     return explained
