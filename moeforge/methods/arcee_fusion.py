@@ -59,5 +59,5 @@ METHOD = Method(
     base="required",
     measure=measure,
     rows=lambda params: True,
-    paper="https://arcee.ai/blog/meet-mergekit-v0-1",
+    paper="https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration",
 )
