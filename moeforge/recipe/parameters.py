@@ -77,6 +77,13 @@ Parameters = dict[str, Annotated[Any, BeforeValidator(_setting)]]
 """Settings by parameter name."""
 
 
+_TRUTH = {
+    **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
+}
+"""Words for yes and no; YAML itself knows some of them, unless they are in quotes."""
+
+
 class ParameterError(ValueError):
     """A value does not have the type that the method declares."""
 
@@ -91,6 +98,8 @@ def coerce(value: Scalar, kind: type) -> Scalar:
         return value
     if kind is bool and isinstance(value, (int, float)) and value in (0, 1):
         return bool(value)
+    if kind is bool and isinstance(value, str) and value.lower() in _TRUTH:
+        return _TRUTH[value.lower()]
     if kind is str and isinstance(value, str):
         return value
     if kind in (int, float):
@@ -116,14 +125,17 @@ def evaluate(
         kind: declared type; numbers are interpolated, other types picked.
 
     Returns:
-        None where no condition matches: the next scope is asked.
+        None where no condition matches, or the first that does has an empty list: the next scope
+        is asked.
 
     Raises:
         ParameterError: a value has the wrong type.
     """
     for condition in setting:
-        if not condition.matches(name) or condition.value == ():
+        if not condition.matches(name):
             continue
+        if condition.value == ():
+            return None
         if not isinstance(condition.value, tuple):
             return coerce(condition.value, kind), condition
         values = [coerce(value, kind) for value in condition.value]
@@ -191,6 +203,7 @@ def unused_filters(scopes: Sequence[Scope], used: set[Path]) -> list[tuple[Path,
         for parameter, setting in scope.settings.items():
             for index, condition in enumerate(setting):
                 path = (*scope.path, parameter, index)
-                if path not in used and condition.filter not in (None, "*"):
+                decides = condition.value != () and condition.filter not in (None, "*")
+                if decides and path not in used:
                     missed.append((path, str(condition.filter)))
     return missed

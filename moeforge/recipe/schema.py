@@ -22,7 +22,7 @@ from moeforge import catalog, tensors
 from moeforge.errors import closest
 from moeforge.recipe.document import unknown
 from moeforge.recipe.parameters import Condition, Parameters
-from moeforge.recipe.strict import Strict, show, wrong
+from moeforge.recipe.strict import Strict, or_empty, or_none, show, wrong
 from moeforge.recipe.vocabulary import VocabularyKeys
 
 # --- where a model may stand ---------------------------------------------------------------------
@@ -44,6 +44,9 @@ class Adapter(Strict):
 
 
 def _parse_adapter(value: Any) -> Any:
+    if isinstance(value, dict) and "path" in value and "model" not in value:
+        value = {**value, "model": value["path"]}  # as mergekit calls it
+        del value["path"]
     return _path_and_revision(value) if isinstance(value, str) else value
 
 
@@ -163,7 +166,9 @@ def _architecture(word: str) -> str:
     return word
 
 
-def _dtype(word: str) -> str:
+def _dtype(word: str | None) -> str | None:
+    if word is None:
+        return None
     name = word.removeprefix("torch.")
     if name not in tensors.OUTPUT_NAMES:
         raise wrong(unknown("dtype", word, tensors.OUTPUT_NAMES))
@@ -176,18 +181,18 @@ def _range(value: Any) -> Any:
     return value
 
 
-def _nothing(value: Any) -> Any:
-    """Take an empty `parameters:` for none, as YAML writes it."""
-    return {} if value is None else value
+def _or_no_entries(value: Any) -> Any:
+    return () if value is None else value
 
 
 MethodName = Annotated[str, AfterValidator(_method)]
-DTypeName = Annotated[str, AfterValidator(_dtype)]
+DTypeName = Annotated[str | None, BeforeValidator(or_none), AfterValidator(_dtype)]
+"""A dtype of torch, with or without "torch."; None where a recipe says nothing."""
 LayerRange = Annotated[tuple[int, int], BeforeValidator(_range)]
 Text = Annotated[str, Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Settings = Annotated[Parameters, BeforeValidator(_nothing)]
+Settings = Annotated[Parameters, BeforeValidator(or_empty)]
 
 
 # --- merges and stacks ---------------------------------------------------------------------------
@@ -230,7 +235,7 @@ class Recipe(Strict):
             and of what it was made of on them.
     """
 
-    dtype: DTypeName | None = None
+    dtype: DTypeName = None
     evaluate: dict[str, str] = Field(default_factory=dict)
 
 
@@ -244,7 +249,7 @@ class Combination(Recipe, VocabularyKeys):
 
     base_model: Model | None = None
     parameters: Settings = Field(default_factory=dict)
-    out_dtype: DTypeName | None = None
+    out_dtype: DTypeName = None
     seed: Seed | None = None
 
 
@@ -265,8 +270,8 @@ class StackRecipe(Combination):
 class Module(Strict):
     """What one module of a model of several is made of: `models` or `slices`."""
 
-    models: tuple[MergeInput, ...] = ()
-    slices: tuple[Slice, ...] = ()
+    models: Annotated[tuple[MergeInput, ...], BeforeValidator(_or_no_entries)] = ()
+    slices: Annotated[tuple[Slice, ...], BeforeValidator(_or_no_entries)] = ()
     parameters: Settings = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -25,6 +25,16 @@ def wrong(message: str) -> PydanticCustomError:
     return PydanticCustomError("recipe", "{message}", {"message": message})
 
 
+def or_none(value: Any) -> Any:
+    """Take an empty text, or zero, for a key that is not there, as mergekit does."""
+    return None if value in ("", 0) else value
+
+
+def or_empty(value: Any) -> Any:
+    """Take an empty `parameters:` for no entries, as YAML writes it."""
+    return {} if value is None else value
+
+
 class Strict(BaseModel):
     """A mapping whose unknown keys are errors that name the nearest known key."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from moeforge.recipe.strict import Strict, show, wrong
+from moeforge.recipe.strict import Strict, or_empty, or_none, show, wrong
 
 
 def _model(value: Any) -> Any:
@@ -93,8 +93,10 @@ class Tokenizer(Strict):
     """
 
     source: Annotated[Any, BeforeValidator(_source)] = "union"
-    tokens: dict[str, TokenSetting] = Field(default_factory=dict)
-    pad_to_multiple_of: int | None = Field(default=None, ge=1)
+    tokens: Annotated[dict[str, TokenSetting], BeforeValidator(or_empty)] = Field(
+        default_factory=dict
+    )
+    pad_to_multiple_of: Annotated[int | None, BeforeValidator(or_none)] = Field(default=None, ge=1)
 
 
 class VocabularyKeys(Strict):
@@ -108,7 +110,7 @@ class VocabularyKeys(Strict):
 
     tokenizer: Tokenizer | None = None
     tokenizer_source: Annotated[Any, BeforeValidator(_optional_source)] = None
-    chat_template: str | None = Field(default=None, min_length=1)
+    chat_template: Annotated[str | None, BeforeValidator(or_none)] = None
 
     @field_validator("tokenizer_source")
     @classmethod
