@@ -9,7 +9,7 @@ from rich.table import Table
 
 from moeforge import catalog, engine, families, gates, methods
 from moeforge.engine import Settings
-from moeforge.methods import REQUIRED
+from moeforge.methods import REQUIRED, Method
 from moeforge.output.card import amount
 from moeforge.output.layout import lay_out
 from moeforge.planners.model import from_source
@@ -168,30 +168,41 @@ def facts_table(found: dict[str, Any]) -> Table:
     return table
 
 
+_WHOSE = {"shared": "", "input": " (each)", "non_base": " (each)"}
+
+
+def _models(method: Method) -> str:
+    """Return how many models a method takes, in words."""
+    fewest, most = method.inputs
+    words = "a base, " if method.base == "required" else ""
+    if words:
+        fewest, most = fewest - 1, None if most is None else most - 1
+    if most == fewest:
+        words += f"{fewest} other{'' if fewest == 1 else 's'}" if words else str(fewest)
+    elif words:
+        words += f"{fewest or 'any number of'}{' or more' if fewest else ''} others"
+    else:
+        words = f"{fewest} or more"
+    return words + (", a base if wanted" if method.base == "optional" else "")
+
+
 def shelf_rows(shelf: str) -> list[dict[str, Any]]:
     """Return the entries of a shelf as plain data."""
     rows: list[dict[str, Any]] = []
     for name in catalog.names(shelf):
         if shelf == "methods":
             method = methods.load(name)
-            fewest, most = method.inputs
-            models = (
-                str(fewest)
-                if fewest == most
-                else f"{fewest} or more"
-                if not most
-                else f"{fewest}-{most}"
-            )
             params = [
                 f"{key}{'' if param.default is REQUIRED else f'={param.default}'}"
-                + (" (each model)" if param.scope == "input" else "")
+                + _WHOSE[param.scope]
                 for key, param in method.params.items()
+                if not param.unused
             ]
             rows.append(
                 {
                     "name": name,
-                    "models": models,
-                    "base": method.base,
+                    "models": _models(method),
+                    "paper": method.paper,
                     "parameters": ", ".join(params),
                 }
             )
@@ -216,10 +227,11 @@ def shelf_table(shelf: str) -> Table:
     """Return a shelf as a table."""
     rows = shelf_rows(shelf)
     table = Table(title=shelf, title_justify="left")
-    for column in rows[0]:
+    columns = [column for column in rows[0] if column != "paper"]  # too wide; --json has it
+    for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(row[column] for column in columns))
     return table
 
 

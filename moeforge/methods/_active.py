@@ -1,6 +1,6 @@
 """Owns what ram and ramplus_tl share: where models differ from the base, alone or together.
 
-Source: Yuan et al., "Behavior knowledge merge in reinforced agentic models" (RAM), arXiv 2601.13572.
+Source: Yuan et al., "Behavior knowledge merge in reinforced agentic models", arXiv 2601.13572.
 """
 
 from __future__ import annotations

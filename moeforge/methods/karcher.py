@@ -1,7 +1,11 @@
-"""karcher: the point on the sphere nearest to all inputs by squared angles (Riemannian mean)."""
+"""karcher: the point on the sphere nearest to all inputs by squared angles (Riemannian mean).
+
+In memory: a slice of each input. The iteration is over coefficients, not over tensors.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from moeforge.methods import Measurement, Method, Param, Params, Place
@@ -42,8 +46,7 @@ def mean(lengths: Tensor, cosines: Tensor, most: int, tolerance: float) -> Tenso
         step = length(cosines, tangent)
         if step < tolerance:
             break
-        step_point = torch.cos(torch.tensor(step)) * point
-        point = step_point + torch.sin(torch.tensor(step)) / step * tangent
+        point = math.cos(step) * point + math.sin(step) / step * tangent
         norm = length(cosines, point)
         if norm > tolerance:
             point = point / norm

@@ -59,6 +59,7 @@ class Combiner:
     used: set[Path] = field(default_factory=set)
     scopes: list[Scope] = field(default_factory=list)
     _misfits: set[Path] = field(default_factory=set)
+    _problems: set[str] = field(default_factory=set)
     _before: int = 0
 
     def __post_init__(self) -> None:
@@ -170,7 +171,9 @@ class Combiner:
             return None
         problem = self.method.check(params) if self.method.check else ""
         if problem:
-            self.findings.error(f"{problem} (first seen at {name})", path=self.path)
+            if problem not in self._problems:
+                self._problems.add(problem)
+                self.findings.error(f"{problem} (first seen at {name})", path=self.path)
             return None
         if self.method.random:
             params["key"] = derive(*self.seed, name)
