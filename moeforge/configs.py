@@ -134,8 +134,16 @@ def portable(config: Config, dtype: str | None = None) -> Config:
     return result
 
 
-_NOT_PER_LAYER = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id"}
-_LAYER_INDICES = {"mlp_only_layers"}
+_NOT_PER_LAYER = {
+    "architectures",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "begin_suppress_tokens",
+    "suppress_tokens",
+}
+"""Lists that may be as long as the model is deep, and are not about its layers."""
+_LAYER_INDICES = {"mlp_only_layers", "fullatt_block_indexes"}
 
 
 class LayerFieldError(ValueError):

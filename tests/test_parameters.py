@@ -146,6 +146,14 @@ def test_an_empty_list_sets_nothing(llamas):
     assert params(plan, HEAD)["weight"] == (7, 2)
 
 
+def test_an_empty_list_behind_a_filter_ends_its_scope(llamas):
+    """As measured of mergekit: the MLP's weight is the global one, not the next entry's."""
+    own = {"weight": [{"filter": "mlp", "value": []}, {"value": 3}]}
+    plan = forge.plan(linear(llamas, own, {"weight": 2}, weight=0.25))
+    assert params(plan, "model.layers.0.mlp.up_proj.weight")["weight"] == (0.25, 2)
+    assert params(plan, "model.layers.0.self_attn.q_proj.weight")["weight"] == (3, 2)
+
+
 def test_source_goes_before_slice_before_global(llamas):
     recipe = stack(
         llamas,
@@ -203,6 +211,16 @@ def test_numbers_may_be_written_as_strings(llamas):
         ("10", int, 10),
         (1, bool, True),
         (0.0, bool, False),
+        ("true", bool, True),
+        ("Yes", bool, True),
+        ("ON", bool, True),
+        ("t", bool, True),
+        ("1", bool, True),
+        ("FALSE", bool, False),
+        ("no", bool, False),
+        ("off", bool, False),
+        ("n", bool, False),
+        ("0", bool, False),
         ("abs", str, "abs"),
     ],
 )
@@ -224,7 +242,9 @@ def test_values_become_their_declared_type(value, kind, expected):
         (1.5, int),
         ("", int),
         (2, bool),
-        ("true", bool),
+        ("2", bool),
+        ("", bool),
+        ("true", float),
         (3, str),
         (True, str),
     ],

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 import moeforge
 from moeforge import recipe as recipes
 from moeforge.errors import RecipeError, show_path
-from moeforge.recipe import MergeRecipe, MoeRecipe, Reference, StackRecipe
+from moeforge.recipe import (
+    Adapter,
+    MergeRecipe,
+    ModulesRecipe,
+    MoeRecipe,
+    Reference,
+    StackRecipe,
+)
 
 
 def mistakes(recipe):
@@ -138,22 +145,42 @@ def test_a_far_off_key_is_answered_with_the_known_ones():
     [
         ({"merge_method": "linear"}, "got none of them"),
         (linear("a", slices=[1]), "got slices and models"),
+        (linear("a", modules={"default": {}}), "got models and modules"),
         (moe(models=[1]), "got experts and models"),
+        ({"merge_method": "linear", "models": [], "slices": []}, "got slices and models"),
     ],
 )
 def test_a_recipe_is_of_exactly_one_kind(recipe, said):
     ((_, path, what),) = mistakes(recipe)
     assert path == "$"
     assert said in what
-    assert "experts, slices, models" in what
+    assert "experts, slices, models, modules" in what
+
+
+@pytest.mark.parametrize("empty", [[], {}, None])
+@pytest.mark.parametrize("key", ["slices", "modules", "experts"])
+def test_an_empty_list_beside_a_filled_one_is_no_kind(key, empty):
+    assert load(linear("a", **{key: empty})).recipe == load(linear("a")).recipe
+
+
+@pytest.mark.parametrize("module", [{}, {"models": [], "slices": None}, {"parameters": {"t": 1}}])
+def test_a_module_has_models_or_slices(module):
+    ((_, path, what),) = mistakes({"merge_method": "linear", "modules": {"default": module}})
+    assert path == "$.modules.default"
+    assert "either models or slices" in what
+
+
+def test_a_module_has_not_both():
+    part = {"sources": [{"model": "a", "layer_range": [0, 1]}]}
+    module = {"models": [{"model": "a"}], "slices": [part]}
+    ((_, path, what),) = mistakes({"merge_method": "linear", "modules": {"decoder": module}})
+    assert path == "$.modules.decoder"
+    assert "either models or slices" in what
 
 
 @pytest.mark.parametrize(
     ("recipe", "key"),
     [
-        (linear("a", tokenizer_source="union"), "tokenizer_source"),
-        (linear("a", chat_template="auto"), "chat_template"),
-        ({"merge_method": "linear", "modules": {}}, "modules"),
         (moe(shared_experts=[]), "shared_experts"),
         (moe(layers="all"), "layers"),
         (moe(gate_parameters={}), "gate_parameters"),
@@ -208,6 +235,14 @@ def test_keys_that_are_known_but_not_supported_are_said_to_be(recipe, key):
             "[start, end], the end exclusive",
         ),
         (linear("a", parameters=[1]), "$.parameters", "expected a mapping"),
+        (linear("a", modules=None, models=[]), "$.models", "at least one entry"),
+        (linear("a", tokenizer={}, tokenizer_source="base"), "$.tokenizer_source", "say the same"),
+        (linear("a", tokenizer={"sorce": "base"}), "$.tokenizer.sorce", '"source"'),
+        (
+            {"merge_method": "linear", "modules": {"default": {"model": []}}},
+            "$.modules.default.model",
+            '"models"',
+        ),
         (linear("a", evaluate=["held-out.txt"]), "$.evaluate", "expected a mapping"),
         (linear("a", evaluate={"code": 3}), "$.evaluate.code", "expected a text, got 3"),
     ],
@@ -240,6 +275,11 @@ def named(model):
         ("owner/name@refs/pr/1", "owner/name", "refs/pr/1", None),
         ({"model": "a"}, "a", None, None),
         ({"model": "a", "revision": "b", "subfolder": "c"}, "a", "b", "c"),
+        ({"model": "owner/name@main"}, "owner/name", "main", None),
+        ({"model": {"path": "owner/name", "revision": "main"}}, "owner/name", "main", None),
+        ({"model": {"path": "a", "revision": None}, "lora": None}, "a", None, None),
+        ({"model": "a+b@c"}, "a+b", "c", None),
+        ({"model": {"path": "a@b+c"}}, "a@b+c", None, None),
         (Path("some/where"), "some/where", None, None),
     ],
 )
@@ -254,11 +294,37 @@ def test_what_names_no_model(written):
     assert "path-or-id[@revision]" in what
 
 
-@pytest.mark.parametrize("written", ["a+b", "a@main+b@c", {"model": "a", "lora": "b"}])
-def test_adapters_are_refused_with_a_way_out(written):
+@pytest.mark.parametrize("written", ["a+", "a+b+c", "+b"])
+def test_what_names_no_model_and_adapter(written):
     ((_, path, what),) = mistakes(linear(written))
-    assert path.startswith("$.models[0].model")
-    assert "this version of moeforge" in what
+    assert path == "$.models[0].model"
+    assert "not of the form" in what
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "a@main+b@c",
+        {"model": "a@main", "lora": "b@c"},
+        {"model": {"path": "a", "revision": "main"}, "lora": {"path": "b", "revision": "c"}},
+        {"model": "a", "revision": "main", "lora": {"model": "b", "revision": "c"}},
+    ],
+)
+def test_ways_to_name_a_model_with_an_adapter(written):
+    adapter = Adapter(model="b", revision="c")
+    assert named(written) == Reference(model="a", revision="main", lora=adapter)
+
+
+def test_an_adapter_of_an_inline_recipe():
+    found = named({"model": linear("a"), "lora": "b"})
+    assert isinstance(found.model, MergeRecipe)
+    assert found.lora == Adapter(model="b")
+
+
+def test_references_with_another_architecture_are_another_model():
+    """mergekit tells them apart too: beside a listed `a`, such a base is one more input."""
+    assert named({"model": "a", "override_architecture": "X"}) != named("a")
+    assert named({"model": "a", "override_architecture": None}) == named("a")
 
 
 def test_kinds_and_defaults():
@@ -268,6 +334,8 @@ def test_kinds_and_defaults():
     stack = load({"slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]}).recipe
     assert isinstance(stack, StackRecipe)
     assert stack.merge_method == "passthrough"
+    modules = {"merge_method": "linear", "modules": {"default": {"models": [{"model": "a"}]}}}
+    assert isinstance(load(modules).recipe, ModulesRecipe)
     mixture = load(moe(dtype="torch.bfloat16")).recipe
     assert isinstance(mixture, MoeRecipe)
     assert mixture.experts_per_token == 2
@@ -398,7 +466,7 @@ def test_mistakes_in_a_dict_have_a_path_but_no_line():
 # --- anything ------------------------------------------------------------------------------------
 
 WORDS = st.sampled_from(
-    """models slices experts merge_method base_model model sources layer_range parameters weight t
+    """models slices experts modules default tokens lora path merge_method base_model model sources layer_range parameters weight t
     filter value dtype linear slerp passthrough source_model positive_prompts gate_mode evaluate
     experts_per_token seed float32 auto a@b a+b <<""".split()  # noqa: SIM905 - a list of words
 )
@@ -423,7 +491,7 @@ def test_arbitrary_data_is_a_recipe_or_a_recipe_error(data):
         loaded = recipes.load(data)
     except RecipeError:
         return
-    assert loaded.document.data.keys() & {"models", "slices", "experts"}
+    assert loaded.document.data.keys() & {"models", "slices", "experts", "modules"}
 
 
 @settings(max_examples=200, deadline=None)

@@ -15,6 +15,9 @@ from moeforge.methods._sums import gram
 if TYPE_CHECKING:
     from torch import Tensor
 
+_OPPOSITE = 1e-6
+"""Angles nearer to π are taken for it: there the direction is nothing but rounding."""
+
 
 def mean(lengths: Tensor, cosines: Tensor, most: int, tolerance: float) -> Tensor:
     """Return the coefficients cᵢ of the mean Σ cᵢuᵢ of unit vectors uᵢ, itself of length one.
@@ -40,8 +43,9 @@ def mean(lengths: Tensor, cosines: Tensor, most: int, tolerance: float) -> Tenso
     for _ in range(most):
         dots = (cosines @ point).clamp(-1.0, 1.0)
         angles = dots.acos()
-        far = (angles >= tolerance).double() * share
-        factors = torch.where(far > 0, far * angles / angles.sin().clamp(min=1e-300), 0.0)
+        # From the point opposite to an input all ways are equally far: that input pulls nowhere.
+        pulls = (angles >= tolerance) & (angles < math.pi - _OPPOSITE)
+        factors = torch.where(pulls, share * angles / angles.sin(), 0.0)
         tangent = factors - (factors * dots).sum() * point
         step = length(cosines, tangent)
         if step < tolerance:

@@ -18,6 +18,7 @@ HEAD = "lm_head.weight"
 EMBEDDINGS = "model.embed_tokens.weight"
 TIED = "tied: the model uses its embeddings as head"
 _RECOMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_TABLE = ".relative_attention_bias.weight"
 _LAYER = re.compile(r"^(?P<stem>(?:[^.]+\.)*?)(?P<index>\d+)\.(?P<rest>.+)$")
 
 
@@ -28,14 +29,16 @@ class Layers:
     Attributes:
         stem: what stands before the layer number, `model.layers.`; "" where there are no layers.
         count: number of layers.
+        tables: tensors that lie in the first layer and serve all: T5's relative positions.
     """
 
     stem: str
     count: int
+    tables: frozenset[str] = frozenset()
 
     def split(self, name: str) -> tuple[int, str] | None:
         """Return layer and rest of `name`, or None where it belongs to no layer."""
-        if not self.stem or not name.startswith(self.stem):
+        if not self.stem or not name.startswith(self.stem) or name in self.tables:
             return None
         index, _, rest = name[len(self.stem) :].partition(".")
         return (int(index), rest) if index.isdigit() and rest else None
@@ -72,26 +75,34 @@ class Model:
 
     @cached_property
     def layers(self) -> Layers:
-        """The layers, found as the numbered tensors that are as many as the config says."""
+        """The layers: the only numbered tensors that are as many as the config says."""
         expected = n_layers(self.config)
-        for stem, count in towers(self.tensors).items():
-            if count == expected:
-                return Layers(stem, count)
-        return Layers("", 0)
+        found = [stem for stem, count in towers(self.tensors).items() if count == expected]
+        if len(found) != 1 or not expected:
+            return Layers("", 0)
+        (stem,) = found
+        first = (name for name in self.tensors if name.startswith(f"{stem}0."))
+        tables = {name for name in first if name.endswith(_TABLE)}
+        if any(name.replace(f"{stem}0.", f"{stem}1.") in self.tensors for name in tables):
+            tables = set()  # every layer has its own
+        return Layers(stem, expected, frozenset(tables))
+
+    def leads(self, name: str) -> bool:
+        """Say whether `name`, which belongs to no layer, comes before the layers."""
+        return is_input(name) or name in self.layers.tables
 
     @cached_property
-    def _positions(self) -> dict[str, int]:
-        """Layers by stem: of the one tower of layers, or of all in a model of several modules."""
-        layers = self.layers
-        return {layers.stem: layers.count} if layers.stem else towers(self.tensors)
+    def _towers(self) -> dict[str, int]:
+        return towers(self.tensors)
 
     def position(self, name: str) -> float:
         """Return where tensor `name` lies for gradients, from 0 at its tower's first layer to 1.
 
-        Outside the layers it is 0; in a tower of one layer 1, as in mergekit.
+        Outside the layers it is 0; in a tower of one layer 1, as in mergekit. A model of several
+        modules has several towers.
         """
         match = _LAYER.match(name)
-        count = self._positions.get(match["stem"]) if match else None
+        count = self._towers.get(match["stem"]) if match else None
         if match is None or count is None:
             return 0.0
         return int(match["index"]) / (count - 1) if count > 1 else 1.0
@@ -153,11 +164,18 @@ def natural(name: str) -> tuple[int, list[tuple[int, int | str]]]:
     return first, parts
 
 
-_INPUT = re.compile(r"(^|\.)(embed|wte|wpe|word_embeddings|tok_embeddings|emb_)")
+_INPUT = re.compile(
+    r"(^|\.)(embed|wte|wpe|word_embeddings|tok_embeddings|emb_|shared\.|layernorm_embedding"
+    r"|patch_|pos_embed|class_embedding|positional_embedding|conv\d\.|ln_pre|pre_layrnorm"
+    r"|layernorm_pre)"
+)
 
 
 def is_input(name: str) -> bool:
-    """Say whether a tensor outside the layers comes before them (embeddings) or after (head)."""
+    """Say whether a tensor outside the layers comes before them (embeddings) or after (head).
+
+    Of a vision tower, what makes patches and the norm of their sum come before.
+    """
     return not _LAYER.match(name) and bool(_INPUT.search(name))
 
 

@@ -19,7 +19,9 @@ from moeforge.recipe import MergeRecipe, Module, ModulesRecipe, StackRecipe
 from moeforge.recipe.parameters import Scope
 from moeforge.tensors import BY_NAME, TensorSpec
 
-_PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|visual\.(merger|deepstack_merger_list))\.")
+_PROJECTOR = re.compile(
+    r"(^|\.)(multi_modal_projector|connector|visual\.(merger|deepstack_merger_list))\."
+)
 _VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
 _CODER = re.compile(r"^(?:model\.)?(encoder|decoder)\.")
 
@@ -52,6 +54,10 @@ _KINDS = {
         _Kind("shared"),
     )
 }
+
+
+_OWNERS = ("default", "text_decoder")
+"""Modules that the model's config is about where it has none for them; Qwen2-VL's is so."""
 
 
 def module_of(model: Model, name: str) -> str:
@@ -98,7 +104,7 @@ def _back(config: Config, name: str, made: Config) -> Config:
         return {**config, nested: made}
     if depth:
         return {**config, depth: made["num_hidden_layers"]}
-    return made if name == "default" else config
+    return made if name in _OWNERS else config
 
 
 def _entries(recipe: ModulesRecipe) -> Iterator[tuple[Any, Path]]:

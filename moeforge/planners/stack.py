@@ -19,7 +19,7 @@ from moeforge.planners.merge import (
     same_shape,
     untie,
 )
-from moeforge.planners.model import Findings, Model, differences, is_input, listing, natural
+from moeforge.planners.model import Findings, Model, differences, listing, natural
 from moeforge.planners.vocab import plan_vocabulary
 from moeforge.plans import PlannedTensor, Read, walk
 from moeforge.recipe import Slice, StackRecipe
@@ -66,7 +66,8 @@ def _check_ranges(
         lengths.add(end - start)
         if model is not None and not model.layers.stem:
             what = f"{model.label}: no numbered layers found that match its config"
-            findings.error(what, "Only models made of layers can be stacked.", here)
+            fix = "Only models made of layers can be stacked; of several modules, each by itself: "
+            findings.error(what, f"{fix}modules: {{NAME: {{slices: …}}}}.", here)
         elif model is not None and (start < 0 or max(start, end) > model.layers.count):
             count = model.layers.count
             what = f"layer_range [{start}, {end}], but {model.label} has {count} layers"
@@ -221,7 +222,7 @@ class _Stacker:
 
     def _outside(self, part: _Part, *, before: bool) -> Iterator[PlannedTensor]:
         names = [
-            [n for n in m.tensors if m.layers.split(n) is None and is_input(n) is before]
+            [n for n in m.tensors if m.layers.split(n) is None and m.leads(n) is before]
             for m in part.models
         ]
         for name in self._shared(names, part):
@@ -234,8 +235,8 @@ class _Stacker:
             for model, source in zip(part.models, part.entry.sources, strict=True)
         ]
         names = [
-            [name.removeprefix(prefix) for name in model.tensors if name.startswith(prefix)]
-            for model, prefix in zip(part.models, prefixes, strict=True)
+            [n.removeprefix(p) for n in m.tensors if n.startswith(p) and n not in m.layers.tables]
+            for m, p in zip(part.models, prefixes, strict=True)
         ]
         for rest in self._shared(names, part):
             name = f"{stem}{part.first + offset}.{rest}"

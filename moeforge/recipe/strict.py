@@ -26,8 +26,8 @@ def wrong(message: str) -> PydanticCustomError:
 
 
 def or_none(value: Any) -> Any:
-    """Take an empty text, or zero, for a key that is not there, as mergekit does."""
-    return None if value in ("", 0) else value
+    """Take an empty text for a key that is not there, as mergekit does."""
+    return None if value == "" else value
 
 
 def or_empty(value: Any) -> Any:

@@ -96,7 +96,7 @@ class Tokenizer(Strict):
     tokens: Annotated[dict[str, TokenSetting], BeforeValidator(or_empty)] = Field(
         default_factory=dict
     )
-    pad_to_multiple_of: Annotated[int | None, BeforeValidator(or_none)] = Field(default=None, ge=1)
+    pad_to_multiple_of: int | None = Field(default=None, ge=1)
 
 
 class VocabularyKeys(Strict):
