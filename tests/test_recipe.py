@@ -235,7 +235,8 @@ def test_keys_that_are_known_but_not_supported_are_said_to_be(recipe, key):
             "[start, end], the end exclusive",
         ),
         (linear("a", parameters=[1]), "$.parameters", "expected a mapping"),
-        (linear("a", modules=None, models=[]), "$.models", "at least one entry"),
+        (linear(), "$.models", "at least one entry"),
+        ({"merge_method": "linear", "modules": {}}, "$.modules", "at least one entry"),
         (linear("a", tokenizer={}, tokenizer_source="base"), "$.tokenizer_source", "say the same"),
         (linear("a", tokenizer={"sorce": "base"}), "$.tokenizer.sorce", '"source"'),
         (
@@ -284,7 +285,9 @@ def named(model):
     ],
 )
 def test_ways_to_name_a_model(written, model, revision, subfolder):
-    assert named(written) == Reference(model=model, revision=revision, subfolder=subfolder)
+    found = named(written)
+    assert (found.model, found.revision, found.subfolder) == (model, revision, subfolder)
+    assert found.lora is None
 
 
 @pytest.mark.parametrize("written", ["a@b@c", "@main", "a@", ""])
@@ -466,7 +469,8 @@ def test_mistakes_in_a_dict_have_a_path_but_no_line():
 # --- anything ------------------------------------------------------------------------------------
 
 WORDS = st.sampled_from(
-    """models slices experts modules default tokens lora path merge_method base_model model sources layer_range parameters weight t
+    """models slices experts modules default tokens lora path merge_method base_model model sources
+    layer_range parameters weight t
     filter value dtype linear slerp passthrough source_model positive_prompts gate_mode evaluate
     experts_per_token seed float32 auto a@b a+b <<""".split()  # noqa: SIM905 - a list of words
 )
