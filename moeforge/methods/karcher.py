@@ -45,7 +45,7 @@ def mean(lengths: Tensor, cosines: Tensor, most: int, tolerance: float) -> Tenso
         angles = dots.acos()
         # From the point opposite to an input all ways are equally far: that input pulls nowhere.
         pulls = (angles >= tolerance) & (angles < math.pi - _OPPOSITE)
-        factors = torch.where(pulls, share * angles / angles.sin(), 0.0)
+        factors = torch.where(pulls, share * angles / angles.sin().clamp(min=1e-300), 0.0)
         tangent = factors - (factors * dots).sum() * point
         step = length(cosines, tangent)
         if step < tolerance:

@@ -46,7 +46,8 @@ def factors(products: Tensor, weights: Sequence[float], eps: float) -> tuple[flo
     mean = weight.clone()
     norm = length(cosines, mean)
     if norm < eps:
-        if len(weights) == 2:
+        # Two that cancel out, and vectors that are all zero, have at least a sum.
+        if len(weights) == 2 or not bool((lengths >= eps).any()):
             return tuple(weights)
         raise ValueError("the weighted directions of the models cancel out: no mean direction")
     mean = mean / norm
