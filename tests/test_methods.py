@@ -230,18 +230,8 @@ def test_agrees_with_an_independent_formula(word, formula, params, similar):
 
 
 ROWS = {"arcee_fusion", "della", "della_linear", "model_stock", "nuslerp"}
-SHAPES = [
-    (),
-    (1,),
-    (7,),
-    (40_000,),
-    (1, 5),
-    (6, 1),
-    (3, 4, 5),
-    (5, 14_001),
-    (2, 70_001),
-    (2, 33, 1021),
-]
+SMALL = [(), (1,), (7,), (1, 5), (6, 1), (3, 4, 5)]
+SHAPES = [*SMALL, (40_000,), (5, 14_001), (2, 70_001), (2, 33, 1021)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
