@@ -205,8 +205,11 @@ class _Target:
                 raise ValueError(_NOT_FINITE)
             self._low, self._high = 0.0, self._low
         elif whole.rounded:
-            higher = whole.values[::-1][index - 1] if index else self._high
-            self._low, self._high = float(whole.values[::-1][index]), float(higher)
+            # All that stands for the value, and nothing more: the next value may be far.
+            value, high = whole.values[::-1][index], whole.values.dtype.type(self._high)
+            end = np.array([min(int(_bits(value)) + (1 << whole.spare), int(_bits(high)))])
+            end = end.astype(_bits(value).dtype).view(value.dtype)
+            self._low, self._high = float(value), float(end[0])
         else:
             self._found(whole.values[::-1][index], self._count - int(reached[index]), pieces)
 
