@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeforge.configs import Config, n_layers, portable
@@ -32,13 +32,12 @@ class Around:
     Attributes:
         scopes: parameters that hold for all modules.
         vocabulary: how tensors with a vocabulary axis are aligned.
+        used: receives the paths of settings that decided a value.
     """
 
     scopes: tuple[Scope, ...] = ()
     vocabulary: Vocabulary | None = None
-
-
-NOTHING = Around()
+    used: set[Path] = field(default_factory=set)
 
 
 def untie(models: Sequence[Model]) -> list[Model]:
@@ -101,9 +100,10 @@ def plan_merge(
     findings: Findings,
     notes: Findings,
     seed: Seed,
-    around: Around = NOTHING,
+    around: Around | None = None,
 ) -> Model | None:
     """Plan a merge of whole models; None where something was found wrong."""
+    around = around or Around()
     before = len(findings)
     entries = [entry.model for entry in recipe.models]
     models = [resolve(entry, (*path, "models", i, "model")) for i, entry in enumerate(entries)]
@@ -125,9 +125,8 @@ def plan_merge(
             what = f"{entry.model} is listed twice"
             findings.error(what, "List it once, with its weights added up.", (*path, "models", i))
     scope = Scope(recipe.parameters, (*path, "parameters"))
-    combiner = Combiner(
-        recipe.merge_method, recipe.out_dtype or recipe.dtype, path, findings, notes, seed
-    )
+    dtype = recipe.out_dtype or recipe.dtype
+    combiner = Combiner(recipe.merge_method, dtype, path, findings, notes, seed, used=around.used)
     combiner.check_scopes([scope], per_input=False)
     combiner.check_scopes(owns[: len(recipe.models)], per_input=True)
     combiner.check_inputs(len(models), base, path)

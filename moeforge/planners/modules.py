@@ -9,11 +9,11 @@ from typing import Any
 
 from moeforge.configs import Config
 from moeforge.errors import Path, nearest
-from moeforge.planners.combine import Seed
+from moeforge.planners.combine import Combiner, Seed
 from moeforge.planners.merge import Around, Resolve, assemble, finish_config, plan_merge
 from moeforge.planners.model import Findings, Model
 from moeforge.planners.stack import plan_stack
-from moeforge.planners.vocab import plan_vocabulary
+from moeforge.planners.vocab import Vocabulary, plan_vocabulary
 from moeforge.plans import PlannedTensor
 from moeforge.recipe import MergeRecipe, Module, ModulesRecipe, StackRecipe
 from moeforge.recipe.parameters import Scope
@@ -130,15 +130,15 @@ def plan_modules(
     """Plan a merge module by module; what the recipe does not name comes from its base."""
     before = len(findings)
     inputs: list[tuple[Any, Model]] = []
-    whole = True
+    complete = True
     for entry, here in _entries(recipe):
         if any(entry == other for other, _ in inputs):
             continue
         model = resolve(entry, (*path, *here))
-        whole = whole and model is not None
+        complete = complete and model is not None
         if model is not None:
             inputs.append((entry, model))
-    if not whole:
+    if not complete:
         return None
     donor = inputs[0][1]
     known = sorted({module_of(donor, name) for name in donor.tensors})
@@ -152,6 +152,8 @@ def plan_modules(
         recipe.vocabulary, recipe.chat_template, inputs, donor, resolve, path, findings, notes
     )
     around = Around((Scope(recipe.parameters, (*path, "parameters")),), vocabulary)
+    whole = Combiner(recipe.merge_method, None, path, findings, notes, used=around.used)
+    whole.check_scopes(around.scopes, per_input=False)
     made: dict[str, Model] = {}
     for name, module in recipe.modules.items():
 
@@ -165,8 +167,11 @@ def plan_modules(
             made[name] = part
     if len(findings) > before or len(made) < len(recipe.modules):
         return None
-    for name in set(known) - set(made):
-        notes.error(f"module {name} is not in the recipe: it comes from {donor.label}", path=path)
+    for name in known:
+        if name not in made:
+            what = f"module {name} is not in the recipe: it comes from {donor.label}"
+            notes.error(what, path=path)
+    whole.finish()
     return _together(recipe, donor, [model for _, model in inputs], known, made, vocabulary)
 
 
@@ -200,8 +205,9 @@ def _together(
     inputs: Sequence[Model],
     known: Sequence[str],
     made: Mapping[str, Model],
-    vocabulary: Any,
+    vocabulary: Vocabulary | None,
 ) -> Model:
+    """Return the whole model: modules as they were made, and the donor's where they were not."""
     config = vocabulary.config(donor.config) if vocabulary else donor.config
     tensors: list[PlannedTensor] = []
     left_out: dict[str, str] = {}
@@ -212,7 +218,10 @@ def _together(
             tensors += made[name].tensors.values()
             left_out.update(made[name].left_out)
             continue
-        for tensor in view(donor, name).tensors.values():
+        part = view(donor, name)
+        for tensor in part.tensors.values():
+            if vocabulary:
+                (tensor,) = vocabulary.align([(part, tensor.name)])
             kept = tensor.spec.dtype
             wanted = BY_NAME[dtype] if dtype and kept.mergeable else kept
             tensors.append(replace(tensor, spec=TensorSpec(wanted, tensor.spec.shape)))

@@ -10,7 +10,6 @@ from moeforge.configs import Config, LayerFieldError, restack
 from moeforge.errors import Path
 from moeforge.planners.combine import Combiner, Seed, Slot
 from moeforge.planners.merge import (
-    NOTHING,
     Around,
     Resolve,
     assemble,
@@ -87,16 +86,16 @@ def plan_stack(
     findings: Findings,
     notes: Findings,
     seed: Seed,
-    around: Around = NOTHING,
+    around: Around | None = None,
 ) -> Model | None:
     """Plan a stack of layer ranges; None where something was found wrong.
 
     Embeddings come from the sources of the first slice, final norm and head from the last slice's.
     """
+    around = around or Around()
     scope = Scope(recipe.parameters, (*path, "parameters"))
-    combiner = Combiner(
-        recipe.merge_method, recipe.out_dtype or recipe.dtype, path, findings, notes, seed
-    )
+    dtype = recipe.out_dtype or recipe.dtype
+    combiner = Combiner(recipe.merge_method, dtype, path, findings, notes, seed, used=around.used)
     combiner.check_scopes([scope], per_input=False)
     global_base = (
         resolve(recipe.base_model, (*path, "base_model")) if recipe.base_model is not None else None

@@ -19,7 +19,7 @@ from moeforge.planners.chat import chosen_template
 from moeforge.planners.model import Findings, Model, listing
 from moeforge.recipe.vocabulary import ModelToken, Tokenizer, Zero
 from moeforge.vocabulary import Tokens, present, read
-from moeforge.vocabulary.change import TokenizerChange
+from moeforge.vocabulary.change import ID_ENDINGS, TokenizerChange
 from moeforge.vocabulary.compose import compose, conflicts, extend, union, usable
 
 __all__ = ["Vocabulary", "is_vocabulary", "mismatch", "plan_vocabulary"]
@@ -283,6 +283,6 @@ def _note_moved(vocabulary: Vocabulary, base: Model, notes: Findings, path: Path
         configs["generation_config.json"] = json.loads(text)
     for file, config in configs.items():
         for key, new in vocabulary.config(config).items():
-            if key.endswith("_token_id") and new != config[key]:
+            if key.endswith(ID_ENDINGS) and new != config[key]:
                 what = f"{key} is {config[key]} in the {file} of {base.label}"
                 notes.error(what, f"It becomes {new}.", path)

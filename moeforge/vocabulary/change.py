@@ -32,8 +32,12 @@ _SUPERSEDED = ("tokenizer*", "added_tokens.json", "merges.txt", "vocab.*", "*.mo
 """Those that list tokens: wrong once tokenizer.json is another."""
 
 
+ID_ENDINGS = ("_token_id", "_token_index")
+"""How keys of a config end that hold ids; the second is LLaVA's and Gemma 3's."""
+
+
 def renumber(config: dict[str, Any], old: Tokens, new: Tokens, size: int) -> dict[str, Any]:
-    """Return a config whose `…_token_id` mean the same tokens with `new` as before with `old`.
+    """Return a config whose ids of tokens mean the same tokens with `new` as before with `old`.
 
     A token that `new` does not have is replaced by the one that has its role there; None where
     there is none. An id that `old` has no token for stays if the new embeddings have such a row.
@@ -48,12 +52,12 @@ def renumber(config: dict[str, Any], old: Tokens, new: Tokens, size: int) -> dic
     def moved(key: str, index: int) -> int | None:
         if index not in old.names:
             return index if index < size else None
-        role = new.role(key.removesuffix("_id"))
+        role = new.role(key.removesuffix("_id").removesuffix("_index"))
         return new.ids.get(old.names[index], new.ids.get(role) if role else None)
 
     result = dict(config)
     for key, value in config.items():
-        if not key.endswith("_token_id"):
+        if not key.endswith(ID_ENDINGS):
             continue
         if isinstance(value, int):
             result[key] = moved(key, value)
