@@ -1,18 +1,37 @@
 """The engine: the same bytes however it is run, and the right ones."""
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import moeforge
 from moeforge import engine, forge
-from moeforge.engine import Settings
+from moeforge.engine import Settings, jobs, processes
 from moeforge.engine.jobs import CHUNK, copy_range
+from moeforge.methods import _select
 from moeforge.output.layout import lay_out
-from moeforge.plans import Concat, Fill, Merge, Plan, PlannedTensor, Read
+from moeforge.plans import (
+    Concat,
+    Fill,
+    Gather,
+    Lora,
+    Merge,
+    Plan,
+    PlannedTensor,
+    Read,
+    RowTable,
+)
 from moeforge.sources.memory import MemorySource
 from moeforge.tensors import BY_NAME, TensorSpec
 
@@ -128,7 +147,8 @@ def test_a_failing_read_names_the_tensor(tmp_path):
 
 def test_memory_limit_makes_slices_smaller():
     plan = plan_of(LINEAR, [source("a", 1)[0], source("b", 2)[0]])
-    generous, tight = Settings(threads=2), Settings(threads=2, memory=300_000_000)
+    generous = Settings(threads=2)
+    tight = Settings(threads=2, memory=engine.peak_memory(plan, generous) - 1)
     assert tight.slice_for(plan) < generous.slice_for(plan)
     assert engine.peak_memory(plan, tight) < engine.peak_memory(plan, generous)
 
@@ -168,3 +188,257 @@ def test_whole_builds_are_the_same_bytes_however_they_are_run(llamas, tmp_path):
     whole = load_file(tmp_path / "one" / "model.safetensors")
     assert together.keys() == whole.keys()
     assert all(torch.equal(together[name], whole[name]) for name in whole)
+
+
+# --- worker processes ----------------------------------------------------------------------------
+
+ROWS, WIDTH, RANK = 577, 521, 7
+TENSORS = 4
+
+
+def checkpoint(key, seed, kind=MemorySource):
+    """A source of several tensors of some chunks each, and of an adapter to them."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"a": (RANK, WIDTH), "b": (ROWS, RANK)}
+    shapes |= {f"x{i}": (ROWS, WIDTH) for i in range(TENSORS)}
+    tensors = {}
+    for name, shape in shapes.items():
+        tensor = torch.randn(shape, generator=generator).bfloat16()
+        data = tensor.flatten().view(torch.uint8).numpy().tobytes()
+        tensors[name] = (TensorSpec(BY_NAME["bfloat16"], shape), data)
+    return kind(key, tensors)
+
+
+def several(make, kinds=(MemorySource,) * 3, rows=ROWS):
+    """A plan of tensors y0, y1, … whose expressions are `make(i)`, of sources 0, 1, 2."""
+    sources = {str(i): checkpoint(str(i), i, kind) for i, kind in enumerate(kinds)}
+    spec = TensorSpec(BY_NAME["bfloat16"], (rows, WIDTH))
+    tensors = tuple(PlannedTensor(f"y{i}", spec, make(i)) for i in range(TENSORS))
+    return Plan("merge", tensors, {}, sources, sources["0"])
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """Make tensors of the size here large; return the numbers of processes that builds used."""
+    monkeypatch.setattr(jobs, "CHUNK", 2**17)
+    monkeypatch.setattr(engine, "CHUNK", 2**17)
+    monkeypatch.setattr(_select, "SMALL", 2**12)
+    used, real = [], processes.run
+
+    def spy(work, make_state, count, progress):
+        used.append(count)
+        real(work, make_state, count, progress)
+
+    monkeypatch.setattr(processes, "run", spy)
+    return used
+
+
+def reads(i):
+    return tuple(Read(key, f"x{i}") for key in "012")
+
+
+def task(word, i, **params):
+    params = {"weight": (None, 1.0, 0.5), "rescale": True, "normalize": False, **params}
+    return Merge(word, reads(i), tuple({**params, "lambda": 1.0}.items()))
+
+
+def lora(i):
+    return Lora(Read("0", f"x{i}"), Read("1", "a"), Read("1", "b"), 0.3)
+
+
+def gather(i):
+    """Rows of two inputs in some order, zeros, means, and padding with the mean of all."""
+    order = np.arange(ROWS - 9) * 7 % ROWS
+    source = np.where(order % 3 == 0, 1, 0)
+    source[5], source[6:8] = RowTable.ZERO, RowTable.MEAN
+    order[6:8] = (0, 1)
+    means = (((0, 1), (1, 2)), ((1, 5), (0, 5), (0, 6)))
+    return Gather((lora(i), Read("2", f"x{i}")), RowTable(source, order, means, padding=9))
+
+
+def nested(i):
+    trimmed = task("ties", i, density=(None, 0.3, 1.0))
+    rotated = Merge("slerp", (trimmed, Read("1", f"x{i}")), (("t", 0.4),))
+    params = {"filter_wise": False}.items()
+    return Merge("model_stock", (rotated, trimmed, lora(i), Read("2", f"x{i}")), tuple(params))
+
+
+NUSLERP = {"weight": (None, 0.3, 0.7), "nuslerp_flatten": False}
+PLANS = {
+    "ties": lambda i: task("ties", i, density=(None, 0.3, 0.55)),
+    "della": lambda i: task("della", i, density=(None, 0.3, 0.5), epsilon=(None, 0.2, 0.1), key=i),
+    "nuslerp of rows": lambda i: Merge(
+        "nuslerp", reads(i), tuple({**NUSLERP, "nuslerp_row_wise": False}.items())
+    ),
+    "nuslerp of columns": lambda i: Merge(
+        "nuslerp", reads(i), tuple({**NUSLERP, "nuslerp_row_wise": True}.items())
+    ),
+    "arcee_fusion": lambda i: Merge("arcee_fusion", reads(i)[:2]),
+    "nested": nested,
+    "gather": gather,
+    "lora": lora,
+}
+
+
+def built(plan, folder, **settings):
+    folder.mkdir()
+    engine.run(plan, lay_out(plan.tensors), folder, Settings(**settings))
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_bytes_do_not_depend_on_processes_threads_or_slices(kind, workers, tmp_path, monkeypatch):
+    plan = several(PLANS[kind])
+    first = built(plan, tmp_path / "one", threads=1, slice_elements=2**16)
+    assert not workers, "one worker needs no process"
+    for threads, size in ((2, 2**16), (4, 2**18)):
+        other = built(plan, tmp_path / f"{threads}", threads=threads, slice_elements=size)
+        assert other == first
+    assert workers == [2, 4]
+    monkeypatch.setattr(processes, "AVAILABLE", False)
+    before = threading.active_count()
+    assert built(plan, tmp_path / "threads", threads=3, slice_elements=2**17) == first
+    assert len(workers) == 2
+    assert threading.active_count() == before
+
+
+class Recording(MemorySource):
+    """Writes down which process reads."""
+
+    folder_of_pids: Path
+
+    def read(self, name, start, out):
+        (self.folder_of_pids / str(os.getpid())).touch()
+        super().read(name, start, out)
+
+
+def test_work_is_done_by_other_processes(workers, tmp_path):
+    Recording.folder_of_pids = tmp_path / "pids"
+    Recording.folder_of_pids.mkdir()
+    plan = several(PLANS["lora"], (Recording, Recording, MemorySource))
+    built(plan, tmp_path / "out", threads=2, slice_elements=2**16)
+    pids = {int(file.name) for file in Recording.folder_of_pids.iterdir()}
+    assert pids
+    assert os.getpid() not in pids
+
+
+class Raising(MemorySource):
+    def read(self, name, start, out):
+        if name == "x2" and start:
+            raise OSError("the disk is gone")
+        super().read(name, start, out)
+
+
+class Killing(MemorySource):
+    """Ends its worker as the kernel does when memory runs out; never the test itself."""
+
+    tests = os.getpid()
+
+    def read(self, name, start, out):
+        if name == "x2" and os.getpid() != self.tests:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().read(name, start, out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(Raising, r"^y2: the disk is gone"), (Killing, r"a worker process was ended by SIGKILL")],
+)
+def test_a_worker_that_fails_ends_the_build(kind, said, workers, tmp_path):
+    plan = several(PLANS["ties"], (MemorySource, kind, MemorySource))
+    with pytest.raises(moeforge.errors.BuildError, match=said):
+        built(plan, tmp_path / "out", threads=3, slice_elements=2**16)
+    assert workers == [3]
+    assert not multiprocessing.active_children()
+
+
+SLOW = """
+import signal, sys, time
+from moeforge import engine
+from moeforge.cli import app
+from moeforge.sources.folder import FolderSource
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests inherited
+engine.CHUNK = 1  # tiny models get workers too
+read = FolderSource.read
+
+def slowly(self, name, start, out):
+    time.sleep(0.3)
+    read(self, name, start, out)
+
+FolderSource.read = slowly
+app(sys.argv[1:])
+"""
+
+
+def children(pid):
+    """Processes that `pid` started and that run."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def runs(pid):
+    """Say whether a process is there and is not merely waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(what, seconds):
+    """Wait until `what()` is true, and say whether it came to be so in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture
+def slow_build(llamas, tmp_path):
+    """A build by the command line, in the middle of its work: the process and its workers."""
+    recipe = tmp_path / "recipe.yml"
+    one, other = llamas[:2]
+    models = f"[{{model: {one}}}, {{model: {other}}}]"
+    recipe.write_text(
+        f"merge_method: slerp\nbase_model: {one}\nmodels: {models}\nparameters: {{t: 0.3}}\n"
+    )
+    command = [sys.executable, "-c", SLOW, "build", str(recipe), "-o", str(tmp_path / "out")]
+    build = subprocess.Popen(
+        [*command, "--threads", "3"], stderr=subprocess.PIPE, start_new_session=True, text=True
+    )
+    try:
+        yield build, wait_for(lambda: len(children(build.pid)) == 3 and children(build.pid), 60)
+    finally:
+        if build.poll() is None:
+            build.kill()
+        build.communicate()
+
+
+linux = pytest.mark.skipif(not processes.AVAILABLE, reason="workers are threads here")
+
+
+@linux
+def test_a_killed_build_leaves_no_workers_and_no_output(slow_build, llamas, tmp_path):
+    build, workers = slow_build
+    assert len(workers) == 3
+    build.kill()
+    build.wait()
+    assert wait_for(lambda: not any(map(runs, workers)), 5)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.moeforge").exists()
+    forge.build(tmp_path / "recipe.yml", tmp_path / "out")
+    assert not (tmp_path / ".out.moeforge").exists(), "the next build clears it"
+
+
+@linux
+def test_ctrl_c_ends_everything(slow_build, tmp_path):
+    build, workers = slow_build
+    assert len(workers) == 3
+    os.killpg(build.pid, signal.SIGINT)
+    _, said = build.communicate(timeout=5)
+    assert build.returncode == 130
+    assert "stopped; nothing was published" in said
+    assert "Traceback" not in said
+    assert not any(map(runs, workers))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yml"]
