@@ -384,6 +384,13 @@ def runs(pid):
         return False
 
 
+def leaves_ctrl_c_to_its_parent(pid):
+    """Say whether process `pid` ignores SIGINT, as a worker does once it has begun."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigIgn"))
+    return bool(int(mask, 16) >> signal.SIGINT - 1 & 1)
+
+
 def wait_for(what, seconds):
     """Wait until `what()` is true, and say whether it came to be so in time."""
     end = time.monotonic() + seconds
@@ -435,6 +442,7 @@ def test_a_killed_build_leaves_no_workers_and_no_output(slow_build, llamas, tmp_
 def test_ctrl_c_ends_everything(slow_build, tmp_path):
     build, workers = slow_build
     assert len(workers) == 3
+    assert wait_for(lambda: all(map(leaves_ctrl_c_to_its_parent, workers)), 5)
     os.killpg(build.pid, signal.SIGINT)
     _, said = build.communicate(timeout=5)
     assert build.returncode == 130
