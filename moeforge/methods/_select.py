@@ -25,6 +25,8 @@ SMALL = 2**18
 """Elements up to which a tensor's magnitudes are simply held and sorted."""
 _SIGMAS, _WIDEST = 3.5, 0.04
 """Half the bracket's width in standard errors of the sample; and at most, in share of elements."""
+_MANY = 0.005
+"""Share of the elements from which on it is faster to count them than to collect them."""
 _DISTINCT, _RESOLUTION = 2**21, 13
 """Distinct values that are held for each threshold, about; and where there are more, the bits that
 the values inside the bracket are told apart by in one pass."""
@@ -112,6 +114,7 @@ class _Target:
         self.border: tuple[int, int] | None = None
         self._count, self._numel = count, numel
         self._low, self._high = 0.0, math.inf
+        self._many = (False, False)
         self._equal = 0
         if count <= 0:
             self.cut = NONE
@@ -155,30 +158,35 @@ class _Target:
         high = ordered[_index(values.size, rank - margin)]
         self._low = float(low) if rank + margin < values.size else 0.0
         self._high = float(high) if rank - margin > 0 else math.inf
+        # Where inputs have few bits, much may be equal to an end: that is counted, not collected.
+        often = [np.count_nonzero(values == end) > _MANY * values.size for end in (low, high)]
+        self._many = bool(often[0] and self._low > 0.0), bool(often[1] and self._high < math.inf)
 
     def count(self, values: Any, start: int) -> _Counted:
-        """Count the elements above the bracket, and the distinct values inside.
-
-        Many elements may be equal to its ends, where inputs have few bits: these are only counted.
-        """
+        """Count the elements above the bracket, and the distinct values inside."""
         import numpy as np
 
         if self.cut is not None:
             return _Counted(start, values.size, 0, values[:0], np.zeros(0, np.int64))
         ends = np.array([self._low, self._high], values.dtype)
-        above = int(np.count_nonzero(values > ends[1]))
-        reaching = values >= ends[1]
-        high = int(np.count_nonzero(reaching)) - above
+        many = (True, True) if ends[0] == ends[1] else self._many
+        # What is collected: from the first number on, below the second.
+        inner = np.nextafter(ends, np.array(np.inf, values.dtype))
+        reaching = values >= (ends[1] if many[1] else inner[1])
+        reached = int(np.count_nonzero(reaching))
+        above = int(np.count_nonzero(values > ends[1])) if many[1] else reached
         if ends[0] == ends[1]:
-            return _Counted(start, values.size, above, ends[:1], np.array([high]))
-        within = values > ends[0]
-        low = int(np.count_nonzero(values >= ends[0])) - int(np.count_nonzero(within))
+            return _Counted(start, values.size, above, ends[:1], np.array([reached - above]))
+        within = values >= (inner[0] if many[0] else ends[0])
+        low = 0
+        if many[0]:
+            low = int(np.count_nonzero(values >= ends[0])) - int(np.count_nonzero(within))
         within ^= reaching
         # Taking by number is several times faster than by a mask.
         distinct, counts = np.unique(values.take(np.flatnonzero(within)), return_counts=True)
-        distinct = np.concatenate([ends[:1], distinct, ends[1:]])
-        counts = np.concatenate([[low], counts, [high]])
-        lowest, highest = _bits(distinct[[0, -1]]).tolist()
+        distinct = np.concatenate([ends[:1] if low else ends[:0], distinct, ends[1:]])
+        counts = np.concatenate([[low] if low else [], counts, [reached - above]]).astype(np.int64)
+        lowest, highest = _bits(ends).tolist()
         spare = max((highest - lowest).bit_length() - _RESOLUTION, 0)
         return _Counted(start, values.size, above, distinct, counts, spare)
 
@@ -195,6 +203,7 @@ class _Target:
         if self.cut is not None:
             return
         whole = _merge(pieces)
+        self._many = (False, False)  # known of the sample's ends only
         # How many elements are at least as large as each value, the largest value first.
         reached = whole.above + np.cumsum(whole.counts[::-1])
         index = int(np.searchsorted(reached, self._count))

@@ -52,8 +52,10 @@ def deltas(tensors: Tensor) -> Tensor:
 
 def added(parts: Tensor) -> Tensor:
     """Return the sum of `parts` [models, elements], in memory of its own."""
-    result = parts[0].clone()
-    for part in parts[1:]:  # faster than a reduction over the first dimension
+    if len(parts) == 1:
+        return parts[0].clone()
+    result = parts[0] + parts[1]
+    for part in parts[2:]:  # faster than a reduction over the first dimension
         result.add_(part)
     return result
 
