@@ -56,9 +56,8 @@ class Pool:
         for thread in threads:
             thread.start()
         try:
-            while any(thread.is_alive() for thread in threads):
-                with self._change:
-                    self._change.wait(_POLL)
+            while running := [thread for thread in threads if thread.is_alive()]:
+                running[0].join(_POLL)
                 self._progress(self._done)
         finally:
             with self._change:

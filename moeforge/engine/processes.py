@@ -60,8 +60,13 @@ def run(
         with warnings.catch_warnings():
             # Python warns of forking beside threads; ours only draw the progress.
             warnings.simplefilter("ignore", DeprecationWarning)
-            for process in processes:
-                process.start()
+            # Held back until a worker has said that it leaves Ctrl-C to its parent.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                for process in processes:
+                    process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         running = list(processes)
         while running:
             wait([process.sentinel for process in running], _POLL)
@@ -102,6 +107,7 @@ def _work(
 ) -> None:
     """Take jobs until none is left; run in a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
     def report(count: int) -> None:
         done[number] += count
