@@ -152,7 +152,8 @@ class Evaluator:
                 self._raw(expr, begin, data)
             else:
                 target = self._output.tensor(torch_dtype(dtype), length)
-                self.fill(expr, torch_dtype(working), whole, begin, target)
+                with torch.inference_mode():
+                    self.fill(expr, torch_dtype(working), whole, begin, target)
             yield begin, data
 
     def _stored(self, expr: Expr) -> DType | None:
@@ -184,12 +185,13 @@ class Evaluator:
         """Return what `scan` finds in chunk [start, start + count) of the inputs of `node`."""
         self.begin(node, start + count)
         shape, found = self.plan.shape(node), []
-        for begin, length in self.slices(node, start, count):
-            mark = self._used
-            tensors = self._inputs(node.inputs, torch_dtype(working), whole, begin, length)
-            found.append(scan.look(tensors, Place(shape, begin)))
-            self._used = mark
-        return scan.join(found)
+        with torch.inference_mode():
+            for begin, length in self.slices(node, start, count):
+                mark = self._used
+                tensors = self._inputs(node.inputs, torch_dtype(working), whole, begin, length)
+                found.append(scan.look(tensors, Place(shape, begin)))
+                self._used = mark
+            return scan.join(found)
 
     def sample(
         self, node: Merge, scan: Scan, working: DType, runs: Sequence[tuple[int, int]]

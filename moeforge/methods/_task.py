@@ -86,7 +86,9 @@ def elect(parts: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor
     taking = agreeing.sign_()
     if len(set(weights)) == 1:
         # Where nobody takes part the result is zero, whatever it is divided by.
-        divisor = added(taking).clamp_(min=1.0).mul_(weights[0])
+        divisor = added(taking).clamp_(min=1.0)
+        if weights[0] != 1.0:
+            divisor.mul_(weights[0])
     else:
         weight = torch.tensor(weights, dtype=parts.dtype, device=parts.device)[:, None]
         divisor = added(taking.mul_(weight))
