@@ -30,6 +30,10 @@ def _hub_id(source: Source) -> str | None:
     return getattr(source, "repo_id", None)
 
 
+def _is_adapter(source: Source) -> bool:
+    return "peft_type" in source.config
+
+
 def _link(source: Source) -> str:
     repo = _hub_id(source)
     return f"[{repo}](https://huggingface.co/{repo})" if repo else f"`{source.key}`"
@@ -69,7 +73,7 @@ def _method_words(plan: Plan) -> str:
 
 
 def _summary(plan: Plan) -> str:
-    count = len(plan.sources.keys() - {ROUTERS})
+    count = sum(key != ROUTERS and not _is_adapter(s) for key, s in plan.sources.items())
     merged = _method_words(plan)
     if plan.experts:
         e = plan.experts
@@ -96,6 +100,8 @@ def _parents(plan: Plan) -> str:
             roles.append(f"expert {', '.join(numbers)}")
         if source is plan.donor:
             roles.append("config and tokenizer")
+        if _is_adapter(source):
+            roles.append("LoRA adapter")
         rows.append(f"| {_link(source)} | {'; '.join(roles) or 'input'} |")
     return "\n".join(rows)
 
