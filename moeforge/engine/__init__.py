@@ -117,7 +117,8 @@ def run(
             return
         for source in plan.sources.values():
             # What lies on the Hub is fetched now, once, and not by each worker.
-            source.locate(next(iter(source.specs())))
+            for name in list(source.specs())[:1]:
+                source.locate(name)
         from moeforge.engine.evaluate import Evaluator
 
         size = settings.slice_for(plan)
