@@ -214,8 +214,7 @@ class MergeJob:
             for node in self._levels.pop(0):
                 measure = methods.load(node.method).measure
                 assert measure is not None
-                params, place = dict(node.params), Place(self.plan.shape(node), 0)
-                self._resume(node, measure(params, place), None)
+                self._resume(node, measure(dict(node.params), self._place(node)), None)
 
     def _resume(self, node: Merge, measurement: Measurement, found: list[Any] | None) -> None:
         try:

@@ -108,23 +108,18 @@ def _gather(
     first, last = start // width, -(-(start + count) // width)
     result = torch.empty(last - first, width, dtype=working)
     known = len(node.table.source)
-
-    def fill(low: int, high: int) -> None:
-        """Write rows [low, high) of the table."""
-        for begin, end, source, row in _runs(node.table, low, high):
-            target = result[begin - first : end - first]
-            if source == RowTable.ZERO:
-                target.zero_()
-            elif source == RowTable.MEAN:
-                pairs = node.table.means[row]
-                several = torch.empty(len(pairs), width, dtype=working)
-                for part, (i, number) in zip(several, pairs, strict=True):
-                    worker.fill(node.inputs[i], working, whole, number * width, part)
-                target.copy_(several.mean(0))
-            else:
-                worker.fill(node.inputs[source], working, whole, row * width, target.view(-1))
-
-    fill(first, min(last, known))
+    for begin, end, source, row in _runs(node.table, first, min(last, known)):
+        target = result[begin - first : end - first]
+        if source == RowTable.ZERO:
+            target.zero_()
+        elif source == RowTable.MEAN:
+            pairs = node.table.means[row]
+            several = torch.empty(len(pairs), width, dtype=working)
+            for part, (i, number) in zip(several, pairs, strict=True):
+                worker.fill(node.inputs[i], working, whole, number * width, part)
+            target.copy_(several.mean(0))
+        else:
+            worker.fill(node.inputs[source], working, whole, row * width, target.view(-1))
     if last > known:
         mean = whole.get((id(node), "mean"), lambda: _mean(worker, node, working, whole, width))
         result[max(known - first, 0) :] = mean
