@@ -6,10 +6,10 @@ Knows bytes, headers and config.json; knows nothing of layers, merges or torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from moeforge.errors import Finding, HubError, SourceError, nearest
 from moeforge.tensors import TensorSpec
@@ -81,30 +81,63 @@ def open_source(
     """
     from moeforge.sources.folder import FolderSource
 
-    for candidate in (beside / Path(model).expanduser(), Path(model).expanduser()):
+    def local(folder: Path) -> Source:
+        key = f"{model}/{subfolder}" if subfolder else model
+        return FolderSource(key, folder / subfolder if subfolder else folder)
+
+    def remote() -> Source:
+        from moeforge.sources.hub import HubSource
+
+        return HubSource(model, revision, subfolder, offline=offline)
+
+    return find(model, revision, beside, local, remote)
+
+
+Found = TypeVar("Found")
+
+
+def find(
+    name: str,
+    revision: str | None,
+    beside: Path,
+    local: Callable[[Path], Found],
+    remote: Callable[[], Found],
+    kind: str = "",
+) -> Found:
+    """Open what a recipe names: a path where there is one, else a Hub id.
+
+    Args:
+        name: as the recipe has it.
+        revision: Hub only.
+        beside: folder of the recipe, where a path is looked up before the working directory.
+        local: opens a folder of this machine.
+        remote: opens the repository `name`.
+        kind: word before the name in messages, with a space behind it.
+
+    Raises:
+        SourceError: it is neither.
+        HubError: `remote` raised it, and the name does not look like a misspelt path.
+    """
+    for candidate in (beside / Path(name).expanduser(), Path(name).expanduser()):
         if candidate.exists():
             if revision:
-                what = f"{model} is a local folder and has no revision {revision}"
+                what = f"{name} is a local folder and has no revision {revision}"
                 raise SourceError(Finding(what, "Remove the revision, or give a Hub id."))
-            key = f"{model}/{subfolder}" if subfolder else model
-            return FolderSource(key, candidate / subfolder if subfolder else candidate)
-    if not _HUB_ID.fullmatch(model):
+            return local(candidate)
+    if not _HUB_ID.fullmatch(name):
         looked = " and ".join(str(p) for p in dict.fromkeys((beside.resolve(), Path.cwd())))
-        what = f"{model} does not exist (looked in {looked}), and it is not a Hub id"
+        what = f"{kind}{name} does not exist (looked in {looked}), and it is not a Hub id"
         raise SourceError(Finding(what, "Correct the path."))
-    from moeforge.sources.hub import HubSource
-
     try:
-        return HubSource(model, revision, subfolder, offline=offline)
+        return remote()
     except HubError as error:
         # What looks like owner/name may be a misspelt path: say so where its folder is here.
-        folder, _, name = model.rpartition("/")
+        folder, _, last = name.rpartition("/")
         around = [place / folder for place in (beside, Path()) if folder]
         entries = {item.name for place in around if place.is_dir() for item in place.iterdir()}
         if not entries:
             raise
-        what = (
-            f"{model} does not exist: {folder} is here, but has no {name}{nearest(name, entries)}"
-        )
-        hub = " ".join(str(finding.what) for finding in error.findings)
-        raise SourceError(Finding(what, f"Correct the path. As a Hub id: {hub}.")) from error
+        what = f"{kind}{name} does not exist: {folder} is here, but has no {last}"
+        hub = " ".join(finding.what for finding in error.findings)
+        fix = f"Correct the path. As a Hub id: {hub}."
+        raise SourceError(Finding(what + nearest(last, entries), fix)) from error

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moeforge.errors import Finding, HubError, SourceError, nearest
-from moeforge.sources import _HUB_ID, FileSpan
+from moeforge.errors import Finding, HubError, SourceError
+from moeforge.sources import FileSpan, find
 from moeforge.sources.files import TensorFiles
 from moeforge.sources.folder import INDEX, SINGLE, read_json
 from moeforge.sources.header import read_header
@@ -102,29 +102,14 @@ def open_adapter(
         SourceError: it is neither, or is not a usable adapter.
         HubError: the Hub refused or could not be reached.
     """
-    given = Path(name).expanduser()
-    for candidate in (beside / given, given):
-        if candidate.exists():
-            if revision:
-                what = f"{name} is a local folder and has no revision {revision}"
-                raise SourceError(Finding(what, "Remove the revision, or give a Hub id."))
-            return AdapterSource(name, candidate)
-    if not _HUB_ID.fullmatch(name):
-        looked = " and ".join(str(p) for p in dict.fromkeys((beside.resolve(), Path.cwd())))
-        what = f"adapter {name} does not exist (looked in {looked}), and it is not a Hub id"
-        raise SourceError(Finding(what, "Correct the path."))
-    try:
-        return _fetch(name, revision, offline=offline)
-    except HubError as error:
-        # What looks like owner/name may be a misspelt path: say so where its folder is here.
-        places = [place / given.parent for place in (beside, Path()) if "/" in name]
-        entries = {item.name for place in places if place.is_dir() for item in place.iterdir()}
-        if not entries:
-            raise
-        hint = nearest(given.name, entries)
-        what = f"adapter {name} does not exist: {given.parent} is here, but has no {given.name}"
-        hub = " ".join(finding.what for finding in error.findings)
-        raise SourceError(Finding(what + hint, f"Correct the path. As a Hub id: {hub}.")) from error
+    return find(
+        name,
+        revision,
+        beside,
+        lambda folder: AdapterSource(name, folder),
+        lambda: _fetch(name, revision, offline=offline),
+        "adapter ",
+    )
 
 
 def _fetch(repo_id: str, revision: str | None, *, offline: bool) -> AdapterSource:
