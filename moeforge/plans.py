@@ -135,13 +135,66 @@ class Gather:
     table: RowTable
 
 
-Expr = Read | Merge | Concat | Fill | Same | Lora | Dequantize | Gather
+@dataclass(frozen=True)
+class Rows:
+    """`count` rows of `whole` from row `first` on: a part of a fused projection.
+
+    Rows of a `Read` are a byte range, copied as it is.
+    """
+
+    whole: Expr
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Affine:
+    """scale·x + shift, element by element, of `input`."""
+
+    input: Expr
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Matrices [rows, …] side by side, then columns of zeros up to `width` in all."""
+
+    inputs: tuple[Expr, ...]
+    width: int
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """Matrix `input` the other way round."""
+
+    input: Expr
+
+
+Expr = (
+    Read
+    | Merge
+    | Concat
+    | Fill
+    | Same
+    | Lora
+    | Dequantize
+    | Gather
+    | Rows
+    | Affine
+    | Columns
+    | Transpose
+)
 
 
 def inputs(expr: Expr) -> tuple[Expr, ...]:
     """Return the expressions that `expr` is made of."""
-    if isinstance(expr, (Merge, Same, Gather)):
+    if isinstance(expr, (Merge, Same, Gather, Columns)):
         return expr.inputs
+    if isinstance(expr, (Affine, Transpose)):
+        return (expr.input,)
+    if isinstance(expr, Rows):
+        return (expr.whole,)
     if isinstance(expr, Concat):
         return tuple(piece for piece, _ in expr.pieces)
     if isinstance(expr, Lora):
@@ -270,6 +323,12 @@ class Plan:
         if isinstance(expr, Read):
             return self.sources[expr.source].specs()[expr.name].shape
         shape = self.shape(inputs(expr)[0])
+        if isinstance(expr, Rows):
+            return (expr.count, *shape[1:])
+        if isinstance(expr, Columns):
+            return (*shape[:-1], expr.width)
+        if isinstance(expr, Transpose):
+            return shape[::-1]
         if isinstance(expr, Gather):
             return (len(expr.table.source) + expr.table.padding, *shape[1:])
         return shape
@@ -311,6 +370,14 @@ def dump(expr: Expr) -> Any:
         return {**lora, "transposed": expr.transposed, "dora": expr.magnitude is not None}
     if isinstance(expr, Dequantize):
         return {"dequantize": [dump(expr.codes), dump(expr.scale)]}
+    if isinstance(expr, Rows):
+        return {"rows": [expr.first, expr.first + expr.count], "of": dump(expr.whole)}
+    if isinstance(expr, Affine):
+        return {"affine": dump(expr.input), "scale": expr.scale, "shift": expr.shift}
+    if isinstance(expr, Columns):
+        return {"columns": [dump(i) for i in expr.inputs], "width": expr.width}
+    if isinstance(expr, Transpose):
+        return {"transpose": dump(expr.input)}
     merge: dict[str, Any] = {"merge": expr.method, "inputs": [dump(i) for i in expr.inputs]}
     merge.update(dict(expr.params))
     return merge
