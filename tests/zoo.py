@@ -400,8 +400,8 @@ SKIP: dict[str, str] = {
     ),
     **_each(
         "the decoder of an encoder-decoder model",
-        "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet"
-        " trocr whisper",
+        "bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart"
+        " prophetnet trocr whisper",
     ),
     **_each(
         "several modules, of which the language model is one",
