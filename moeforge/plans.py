@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any, ClassVar
 
 from moeforge.errors import Finding
@@ -171,19 +172,9 @@ class Transpose:
     input: Expr
 
 
+_Leaf = Read | Fill
 Expr = (
-    Read
-    | Merge
-    | Concat
-    | Fill
-    | Same
-    | Lora
-    | Dequantize
-    | Gather
-    | Rows
-    | Affine
-    | Columns
-    | Transpose
+    _Leaf | Merge | Concat | Same | Lora | Dequantize | Gather | Rows | Affine | Columns | Transpose
 )
 
 
@@ -226,13 +217,19 @@ class Experts:
     """What a plan says of a mixture of experts.
 
     Attributes:
-        family: entry of the families shelf.
+        family: entry of the families shelf, or "remote".
         base: name of the model that everything else comes from.
         labels: name of each expert.
         per_token: experts that each token passes through.
         gate_mode: entry of the gates shelf.
-        routers: name of each layer's router weight; read from the source ROUTERS.
+        routers: name of the router weight of each layer that has experts; read from the source
+            ROUTERS.
+        layers: numbers of these layers.
         parameters: parameters of all experts together; the rest is always active.
+        shared: name of each shared expert.
+        shared_gates: names of the weights [1, hidden] of sigmoid gates on the shared expert that
+            the gate mode makes, one for each of `routers`; empty where it makes none.
+        considered: for each home that was thought of, its name and why it was taken or not.
     """
 
     family: str
@@ -241,7 +238,11 @@ class Experts:
     per_token: int
     gate_mode: str
     routers: tuple[str, ...]
+    layers: tuple[int, ...]
     parameters: int
+    shared: tuple[str, ...] = ()
+    shared_gates: tuple[str, ...] = ()
+    considered: tuple[tuple[str, str], ...] = ()
 
 
 ROUTERS = "routers"
@@ -262,6 +263,7 @@ class Plan:
         experts: None unless it is a mixture of experts.
         left_out: input tensors that knowingly have no place, with the reason.
         notes: what is worth knowing, and no error.
+        code: files of program text that belong to the output, by name.
     """
 
     kind: str
@@ -273,6 +275,7 @@ class Plan:
     tokenizer: TokenizerChange | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[Finding, ...] = ()
+    code: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def parameters(self) -> int:
@@ -295,12 +298,20 @@ class Plan:
     @cached_property
     def bytes_read(self) -> int:
         """Bytes read from checkpoints to write the tensors once, routers apart."""
-        return sum(
-            self.sources[part.source].specs()[part.name].nbytes
-            for tensor in self.tensors
-            for part in walk(tensor.expr)
-            if isinstance(part, Read) and part.source != ROUTERS
-        )
+        return sum(self._bytes_of(tensor.expr) for tensor in self.tensors)
+
+    def _bytes_of(self, expr: Expr, rows: int | None = None) -> int:
+        """Return the bytes that are read to make `rows` rows of `expr`, or all of it."""
+        if isinstance(expr, Read):
+            if expr.source == ROUTERS:
+                return 0
+            spec = self.sources[expr.source].specs()[expr.name]
+            return spec.nbytes if rows is None else rows * spec.nbytes // max(spec.shape[0], 1)
+        if isinstance(expr, Rows):
+            return self._bytes_of(expr.whole, expr.count if rows is None else rows)
+        if not isinstance(expr, (Merge, Same, Affine, Columns)):
+            rows = None  # of the inputs of the others not the same rows are read
+        return sum(self._bytes_of(child, rows) for child in inputs(expr))
 
     @cached_property
     def bytes_copied(self) -> int:
@@ -314,9 +325,18 @@ class Plan:
 
     def is_copy(self, expr: Expr, dtype: DType) -> bool:
         """Say whether `expr` stored as `dtype` is the bytes of an input file."""
-        if not isinstance(expr, Read) or expr.source == ROUTERS:
+        found = self.origin(expr)
+        if found is None or found[0].source == ROUTERS:
             return False
-        return self.sources[expr.source].specs()[expr.name].dtype == dtype
+        return self.sources[found[0].source].specs()[found[0].name].dtype == dtype
+
+    def origin(self, expr: Expr) -> tuple[Read, int] | None:
+        """Return the tensor that `expr` is rows of, and their first element; None for others."""
+        if isinstance(expr, Read):
+            return expr, 0
+        if not isinstance(expr, Rows) or (found := self.origin(expr.whole)) is None:
+            return None
+        return found[0], found[1] + expr.first * prod(self.shape(expr)[1:])
 
     def shape(self, expr: Expr) -> tuple[int, ...]:
         """Return the shape of `expr`, which is neither a `Concat` nor a `Fill`."""
@@ -324,8 +344,11 @@ class Plan:
             return self.sources[expr.source].specs()[expr.name].shape
         shape = self.shape(inputs(expr)[0])
         if isinstance(expr, Rows):
+            assert 0 <= expr.first <= expr.first + expr.count <= shape[0], "planners stay inside"
             return (expr.count, *shape[1:])
         if isinstance(expr, Columns):
+            columns = sum(self.shape(child)[-1] for child in expr.inputs)
+            assert columns <= expr.width, "planners make room for all columns"
             return (*shape[:-1], expr.width)
         if isinstance(expr, Transpose):
             return shape[::-1]
@@ -358,26 +381,20 @@ def dump(expr: Expr) -> Any:
         return {"read": [expr.source, expr.name]}
     if isinstance(expr, Fill):
         return {"fill": expr.value}
-    if isinstance(expr, Concat):
-        return {"concat": [dump(piece) for piece, _ in expr.pieces]}
-    if isinstance(expr, Same):
-        return {"same": [dump(i) for i in expr.inputs]}
+    below = [dump(child) for child in inputs(expr)]
+    if isinstance(expr, Merge):
+        return {"merge": expr.method, "inputs": below, **dict(expr.params)}
     if isinstance(expr, Gather):
-        rows = len(expr.table.source) + expr.table.padding
-        return {"gather": [dump(i) for i in expr.inputs], "rows": rows}
+        return {"gather": below, "rows": len(expr.table.source) + expr.table.padding}
     if isinstance(expr, Lora):
-        lora = {"lora": [dump(i) for i in inputs(expr)], "scale": expr.scale}
+        lora = {"lora": below, "scale": expr.scale}
         return {**lora, "transposed": expr.transposed, "dora": expr.magnitude is not None}
-    if isinstance(expr, Dequantize):
-        return {"dequantize": [dump(expr.codes), dump(expr.scale)]}
     if isinstance(expr, Rows):
-        return {"rows": [expr.first, expr.first + expr.count], "of": dump(expr.whole)}
+        return {"rows": [expr.first, expr.first + expr.count], "of": below[0]}
     if isinstance(expr, Affine):
-        return {"affine": dump(expr.input), "scale": expr.scale, "shift": expr.shift}
+        return {"affine": below[0], "scale": expr.scale, "shift": expr.shift}
     if isinstance(expr, Columns):
-        return {"columns": [dump(i) for i in expr.inputs], "width": expr.width}
+        return {"columns": below, "width": expr.width}
     if isinstance(expr, Transpose):
-        return {"transpose": dump(expr.input)}
-    merge: dict[str, Any] = {"merge": expr.method, "inputs": [dump(i) for i in expr.inputs]}
-    merge.update(dict(expr.params))
-    return merge
+        return {"transpose": below[0]}
+    return {type(expr).__name__.lower(): below}

@@ -16,15 +16,29 @@ from moeforge.engine import processes
 from moeforge.engine.jobs import CopyJob, MergeJob, jobs_of
 from moeforge.engine.pool import Pool
 from moeforge.engine.writer import OutputFiles
-from moeforge.methods import CHUNK
+from moeforge.methods import BLOCK, CHUNK
 from moeforge.output.layout import Shard
-from moeforge.plans import Expr, Plan, Read, inputs, pieces, walk
+from moeforge.plans import (
+    Affine,
+    Expr,
+    Fill,
+    Plan,
+    Read,
+    Rows,
+    Same,
+    Transpose,
+    inputs,
+    pieces,
+    walk,
+)
 
 MIN_SLICE, DEFAULT_SLICE = 2**16, 2**17
 """Elements per slice; the default is the fastest measured: see docs/architecture.md."""
 
 WINDOW = 2**18
 """Bytes of an input tensor that a worker reads at a time."""
+BAND = 2**22
+"""Elements of a transposed matrix that a worker holds, or a row of it where that is more."""
 INTERPRETER = 280_000_000
 """Bytes that Python and torch take before any work, measured; see docs/architecture.md."""
 COPY_INTERPRETER = 60_000_000
@@ -62,16 +76,32 @@ class Settings:
         return size
 
 
-def buffers_needed(plan: Plan) -> tuple[int, int]:
-    """Return the most slice buffers, and the most input tensors, that any output tensor needs."""
-
-    def need(expr: Expr) -> int:
-        # While input i is computed, the results of the inputs before it are held.
-        return max((i + need(child) for i, child in enumerate(inputs(expr))), default=1)
-
+def buffers_needed(plan: Plan) -> tuple[int, int, int]:
+    """Return the most that any output tensor needs: slice buffers, input tensors, band bytes."""
     parts = [expr for tensor in plan.tensors for expr, _ in pieces(tensor)]
     reads = (sum(isinstance(part, Read) for part in walk(expr)) for expr in parts)
-    return max(map(need, parts), default=0), max(reads, default=0)
+    bands = (_band_bytes(plan, expr) for expr in parts)
+    return max(map(_held, parts), default=0), max(reads, default=0), max(bands, default=0)
+
+
+def _held(expr: Expr) -> int:
+    """Return the slices that are held while one of `expr` is made, that one apart."""
+    below = max(map(_held, inputs(expr)), default=0)
+    if isinstance(expr, Affine):
+        return below + 1
+    if isinstance(expr, (Read, Fill, Same, Rows, Transpose)):
+        return below
+    # While one input is computed, there is room for the results of all; at least two of them.
+    return below + max(2, len(inputs(expr)))
+
+
+def _band_bytes(plan: Plan, expr: Expr) -> int:
+    """Return the bytes of the bands of all transposed matrices in `expr`, at 8 per element."""
+    shapes = [plan.shape(part) for part in walk(expr) if isinstance(part, Transpose)]
+    # A band, and the group of rows of the input that is being spread over it.
+    return sum(
+        8 * (min(rows * columns, max(BAND, columns)) + max(BLOCK, rows)) for rows, columns in shapes
+    )
 
 
 def is_copy_only(plan: Plan) -> bool:
@@ -84,10 +114,10 @@ def peak_memory(plan: Plan, settings: Settings, slice_elements: int | None = Non
     if is_copy_only(plan):
         return COPY_INTERPRETER
     size = slice_elements or settings.slice_for(plan)
-    buffers, reads = buffers_needed(plan)
+    buffers, reads, bands = buffers_needed(plan)
     # Results in 8 bytes per element at most, as many temporaries of a method, one raw output; and
     # of each input what is read at a time.
-    per_worker = (2 * buffers + 2) * 8 * size + reads * WINDOW
+    per_worker = (2 * max(buffers, 1) + 2) * 8 * size + reads * WINDOW + bands
     return INTERPRETER + settings.workers * per_worker
 
 

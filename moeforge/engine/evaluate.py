@@ -5,16 +5,19 @@ float32 arithmetic (float64 where an input or the result is float64), one roundi
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moeforge import methods
-from moeforge.engine import WINDOW, rows
+from moeforge.engine import WINDOW, reshape, rows
+from moeforge.engine.buffers import Buffer, Window
 from moeforge.methods import BLOCK, Place, Scan
 from moeforge.plans import (
+    Affine,
+    Columns,
     Concat,
     Dequantize,
     Expr,
@@ -24,7 +27,9 @@ from moeforge.plans import (
     Merge,
     Plan,
     Read,
+    Rows,
     Same,
+    Transpose,
     walk,
 )
 from moeforge.tensors import DType
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
 
     from moeforge.engine.rows import Whole
 
+_MOVES = (Gather, Rows, Columns, Transpose)
+"""Expressions whose elements do not lie where those of their inputs do."""
 _PADDING = 112
 """Elements between the rows of inputs."""
 
@@ -67,31 +74,6 @@ def needs_rows(expr: Expr) -> bool:
     )
 
 
-class Buffer:
-    """Bytes of memory, seen as memory for reads and as a tensor for arithmetic."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.size = nbytes
-        self.memory = mmap.mmap(-1, max(nbytes, 1))
-        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
-
-    def tensor(self, dtype: torch.dtype, count: int, first: int = 0) -> Tensor:
-        """Return `count` elements from byte `first` on as `dtype`."""
-        return self.bytes[first : first + count * dtype.itemsize].view(dtype)
-
-    def view(self, nbytes: int, first: int = 0) -> memoryview:
-        """Return `nbytes` bytes from byte `first` on."""
-        return memoryview(self.memory)[first : first + nbytes]
-
-
-class _Window:
-    """The part of one input tensor that was read last."""
-
-    def __init__(self) -> None:
-        self.buffer = Buffer(WINDOW)
-        self.start = self.end = 0
-
-
 class Evaluator:
     """One worker's buffers and the plan it reads from.
 
@@ -109,9 +91,10 @@ class Evaluator:
         self._output = Buffer(0)
         self._pool: list[Buffer] = []
         self._used = 0
-        self._windows: dict[tuple[str, str], _Window] = {}
-        self._free: list[_Window] = []
+        self._windows: dict[tuple[str, str], Window] = {}
+        self._free: list[Window] = []
         self._end: dict[tuple[str, str], int] = {}
+        self.bands: dict[tuple[int, torch.dtype], reshape.Band] = {}
 
     def begin(self, expr: Expr, end: int | None = None) -> None:
         """Prepare for a chunk of `expr`: forget what was read for others.
@@ -120,12 +103,15 @@ class Evaluator:
             expr: what is computed next.
             end: element where the chunk ends, so that nothing is read in vain beyond it.
         """
-        reads = {(part.source, part.name) for part in walk(expr) if isinstance(part, Read)}
+        parts = list(walk(expr))
+        reads = {(part.source, part.name) for part in parts if isinstance(part, Read)}
         self._free += [self._windows.pop(key) for key in list(self._windows) if key not in reads]
         for window in (*self._windows.values(), *self._free):
             window.start = window.end = 0
-        gathers = any(isinstance(part, Gather) for part in walk(expr))
-        self._end = dict.fromkeys(reads, end) if end is not None and not gathers else {}
+        moves = any(isinstance(part, _MOVES) for part in parts)
+        self._end = dict.fromkeys(reads, end) if end is not None and not moves else {}
+        wanted = {id(part) for part in parts}
+        self.bands = {key: band for key, band in self.bands.items() if key[0] in wanted}
 
     def slices(self, expr: Expr, start: int, count: int) -> Iterator[tuple[int, int]]:
         """Yield start and length of each slice of [start, start + count)."""
@@ -158,8 +144,8 @@ class Evaluator:
 
     def _stored(self, expr: Expr) -> DType | None:
         """Return the dtype of `expr` on disk if its bytes lie there as they are."""
-        while isinstance(expr, Same):
-            expr = expr.inputs[0]
+        while isinstance(expr, (Same, Rows)):
+            expr = expr.inputs[0] if isinstance(expr, Same) else expr.whole
         if isinstance(expr, Read):
             return self.plan.sources[expr.source].specs()[expr.name].dtype
         return None
@@ -170,6 +156,9 @@ class Evaluator:
             source = self.plan.sources[expr.source]
             source.read(expr.name, start * source.specs()[expr.name].dtype.itemsize, out)
             return
+        if isinstance(expr, Rows):
+            self._raw(expr.whole, start + self._before(expr), out)
+            return
         assert isinstance(expr, Same)
         first, *others = expr.inputs
         self._raw(first, start, out)
@@ -178,6 +167,10 @@ class Evaluator:
             self._raw(other, start, memoryview(theirs))
             if theirs != out:
                 raise ValueError("it differs between the models, and integers cannot be merged")
+
+    def _before(self, node: Rows) -> int:
+        """Return the number of elements of the whole before those of `node`."""
+        return node.first * prod(self.plan.shape(node)[1:])
 
     def scan(
         self, node: Merge, scan: Scan, working: DType, whole: Whole, start: int, count: int
@@ -247,14 +240,38 @@ class Evaluator:
         elif isinstance(expr, Fill):
             out.fill_(expr.value)
         elif isinstance(expr, Merge):
-            tensors = self._inputs(expr.inputs, working, whole, start, count)
-            method, place = methods.load(expr.method), Place(self.plan.shape(expr), start)
-            stats = whole.stats.get(id(expr))
-            out.copy_(method.merge(tensors, dict(expr.params), stats, place))
+            self._merge(expr, working, whole, start, out)
+        elif isinstance(expr, Rows):
+            self.fill(expr.whole, working, whole, start + self._before(expr), out)
+        elif isinstance(expr, Affine):
+            value = out if out.dtype == working else self._take(working, count)
+            self.fill(expr.input, working, whole, start, value)
+            value.mul_(expr.scale)
+            if expr.shift:  # adding zero would take the sign from zeros
+                value.add_(expr.shift)
+            if value is not out:
+                out.copy_(value)
+        elif isinstance(expr, Columns):
+            reshape.side_by_side(self, expr, working, whole, start, out)
+        elif isinstance(expr, Transpose):
+            reshape.transposed(self, expr, working, whole, start, out)
         else:
             assert not isinstance(expr, (Concat, Same)), "handled before anything is computed"
             out.copy_(rows.evaluate(self, expr, working, whole, start, count))
         self._used = mark
+
+    def _merge(
+        self, node: Merge, working: torch.dtype, whole: Whole, start: int, out: Tensor
+    ) -> None:
+        method, place = methods.load(node.method), Place(self.plan.shape(node), start)
+        lead, count = 0, out.numel()
+        if method.rows(dict(node.params)):  # some of a vector's elements may be wanted: its rows
+            lead = start % place.row
+            count = -(-(lead + count) // place.row) * place.row
+            place = Place(place.shape, start - lead)
+        tensors = self._inputs(node.inputs, working, whole, place.start, count)
+        merged = method.merge(tensors, dict(node.params), whole.stats.get(id(node)), place)
+        out.copy_(merged[lead : lead + out.numel()])
 
     def _read(self, node: Read, start: int, out: Tensor) -> None:
         source, count = self.plan.sources[node.source], out.numel()
@@ -263,7 +280,7 @@ class Evaluator:
         key = (node.source, node.name)
         window = self._windows.get(key)
         if window is None:
-            window = self._windows[key] = self._free.pop() if self._free else _Window()
+            window = self._windows[key] = self._free.pop() if self._free else Window()
             window.start = window.end = 0
         if not window.start <= start <= start + count <= window.end:
             # As much as fits, but no more than will be wanted: what follows in this chunk.

@@ -19,7 +19,7 @@ from moeforge.methods import CHUNK, RUN, Measurement, Place, Scan
 from moeforge.output.layout import Shard
 from moeforge.plans import Expr, Merge, Plan, Read, inputs, pieces, walk
 from moeforge.sources import FileSpan
-from moeforge.tensors import DType
+from moeforge.tensors import DType, TensorSpec
 
 if TYPE_CHECKING:
     from moeforge.engine.evaluate import Evaluator
@@ -291,6 +291,18 @@ def measured_levels(expr: Expr) -> list[list[Merge]]:
     return levels
 
 
+def _span(plan: Plan, expr: Expr, spec: TensorSpec) -> FileSpan | None:
+    """Return where the bytes of `expr` stored as `spec` lie in a file, if they do."""
+    found = plan.origin(expr)
+    if found is None or not plan.is_copy(expr, spec.dtype):
+        return None
+    read, start = found
+    whole = plan.sources[read.source].locate(read.name)
+    if whole is None:
+        return None
+    return FileSpan(whole.path, whole.offset + start * spec.dtype.itemsize, spec.nbytes)
+
+
 def jobs_of(plan: Plan, shards: tuple[Shard, ...], files: OutputFiles) -> list[CopyJob | MergeJob]:
     """Return the jobs of `plan` in the order of the output."""
     jobs: list[CopyJob | MergeJob] = []
@@ -298,10 +310,7 @@ def jobs_of(plan: Plan, shards: tuple[Shard, ...], files: OutputFiles) -> list[C
         for entry in shard.entries:
             offset = entry.offset
             for expr, spec in pieces(entry.tensor):
-                span = None
-                if plan.is_copy(expr, spec.dtype):
-                    span = plan.sources[expr.source].locate(expr.name)  # type: ignore[union-attr]
-                name = entry.tensor.name
+                name, span = entry.tensor.name, _span(plan, expr, spec)
                 if span:
                     jobs.append(CopyJob(name, span, shard.name, offset, files))
                 else:

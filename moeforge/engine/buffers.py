@@ -1,0 +1,38 @@
+"""Owns the memory that a worker allocates once: read into as bytes, computed on as tensors."""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING
+
+import torch
+
+from moeforge.engine import WINDOW
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Buffer:
+    """Bytes of memory, seen as memory for reads and as a tensor for arithmetic."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.size = nbytes
+        self.memory = mmap.mmap(-1, max(nbytes, 1))
+        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+
+    def tensor(self, dtype: torch.dtype, count: int, first: int = 0) -> Tensor:
+        """Return `count` elements from byte `first` on as `dtype`."""
+        return self.bytes[first : first + count * dtype.itemsize].view(dtype)
+
+    def view(self, nbytes: int, first: int = 0) -> memoryview:
+        """Return `nbytes` bytes from byte `first` on."""
+        return memoryview(self.memory)[first : first + nbytes]
+
+
+class Window:
+    """The part of one input tensor that was read last."""
+
+    def __init__(self) -> None:
+        self.buffer = Buffer(WINDOW)
+        self.start = self.end = 0
