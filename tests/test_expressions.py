@@ -1,5 +1,10 @@
 """Expressions of weight transforms: equal to torch's own words for them, however they are run."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -443,3 +448,64 @@ def test_affine_keeps_the_sign_of_zeros(tmp_path):
     zeros = torch.tensor([0.0, -0.0, 1.0])
     result = made(plan_of(Affine(X), zeros, [in_memory("0", {"x": zeros})]), tmp_path)
     assert result.signbit().tolist() == [False, True, False]
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+ALONE = """
+import sys
+from pathlib import Path
+
+import torch
+from moeforge import engine
+from moeforge.engine import Settings, evaluate
+from moeforge.output.layout import lay_out
+from moeforge.plans import Merge, Plan, PlannedTensor, Read, Transpose
+from moeforge.sources.folder import FolderSource
+from moeforge.tensors import BY_NAME, TensorSpec
+
+def peak():
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+folder = Path(sys.argv[1])
+source = FolderSource("0", folder)
+x = Read("0", "x")
+expr = Transpose(Merge("linear", (x, x), (("weight", (0.5, 0.5)), ("normalize", False))))
+height, width = source.specs()["x"].shape
+spec = TensorSpec(BY_NAME["bfloat16"], (width, height))
+plan = Plan("merge", (PlannedTensor("out", spec, expr),), {}, {"0": source}, source)
+settings = Settings(threads=1)
+before = peak()
+engine.run(plan, lay_out(plan.tensors), folder / "out", settings)
+print(before, peak(), engine.peak_memory(plan, settings))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells the peak there")
+def test_a_transposed_matrix_is_not_held(tmp_path):
+    matrix = torch.zeros(10_000, 6_000, dtype=torch.bfloat16)
+    matrix[:, 17], matrix[4321] = 2.0, 3.0
+    in_files("0", {"x": matrix}, tmp_path / "in")
+    (tmp_path / "in" / "out").mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(engine.__file__).parents[2])
+    said = subprocess.check_output(
+        [sys.executable, "-c", ALONE, str(tmp_path / "in")], env=environment, text=True
+    )
+    before, peak, estimate = map(int, said.split())
+    assert peak - before < estimate - engine.INTERPRETER < matrix.numel()
+    assert peak < estimate
+    result = load_file(tmp_path / "in" / "out" / "model.safetensors")["out"]
+    assert torch.equal(result, matrix.T)
+
+
+def test_the_estimate_knows_what_is_held():
+    found, tensors = sources((130, 67), torch.bfloat16)
+
+    def peak(expr):
+        return engine.peak_memory(plan_of(expr, tensors[0]["x"].half(), found), Settings(threads=1))
+
+    assert peak(Affine(X)) < peak(Affine(MEAN)) < peak(Affine(Merge("linear", (MEAN, MEAN, X))))
+    assert peak(X) < peak(Columns((X, Y), 80))
+    assert peak(Transpose(X)) - peak(X) == 8 * (130 * 67 + 2**16)
