@@ -13,50 +13,6 @@ Config = dict[str, Any]
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 
-DENSE_DEFAULTS: dict[str, Config] = {
-    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
-    "mistral": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    "qwen2": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "qwen3": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
-    "granite": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        "embedding_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "residual_multiplier": 1.0,
-        "attention_multiplier": 1.0,
-    },
-}
-"""What a key means that config.json leaves out, where the MoE family's default differs."""
-
-_COMMON_DEFAULTS: Config = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-}
-
 
 def layer_key(config: Config) -> str:
     """Return the key that holds the number of layers."""
@@ -67,16 +23,6 @@ def n_layers(config: Config) -> int | None:
     """Return the number of layers, or None where the config does not say."""
     value = config.get(layer_key(config))
     return value if isinstance(value, int) else None
-
-
-def complete(config: Config) -> Config:
-    """Return `config` with the defaults of its dense family written out."""
-    defaults = {**_COMMON_DEFAULTS, **DENSE_DEFAULTS.get(str(config.get("model_type")), {})}
-    full = {**defaults, **config}
-    heads = full["num_attention_heads"]
-    full["num_key_value_heads"] = full.get("num_key_value_heads") or heads
-    full["head_dim"] = full.get("head_dim") or full["hidden_size"] // heads
-    return full
 
 
 def rope(config: Config) -> Config | None:

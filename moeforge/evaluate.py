@@ -41,7 +41,7 @@ def _parts(planner: Planner, recipe: Recipe, plan: Plan) -> dict[str, Model]:
         if changed is None:
             return models
         return {k: model for k, model in models.items() if tokens_of(model).ids == changed.ids}
-    experts = [expert.source_model for expert in recipe.experts]
+    experts = [model for expert in recipe.experts for model in expert.models]
     models = {}
     for entry in (recipe.base_model, *experts):
         model = planner.model(entry, ("evaluate",))

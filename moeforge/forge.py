@@ -133,6 +133,8 @@ def build(
         total = plan.nbytes
         engine.run(plan, shards, work, settings, lambda done: progress("tensors", done, total))
         folder.write_json(work / "config.json", plan.config)
+        for name, code in plan.code.items():
+            (work / name).write_text(code, encoding="utf-8")
         if text := index(shards):
             (work / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         (work / "moeforge.yml").write_text(prepared.loaded.document.text, encoding="utf-8")

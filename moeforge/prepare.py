@@ -13,7 +13,7 @@ from moeforge.errors import Finding, MoeforgeError, PlanError
 from moeforge.output.folder import differing_modules, has_chat_template, has_tokenizer
 from moeforge.planners import Planner
 from moeforge.plans import Plan
-from moeforge.recipe import Adapter, LoadedRecipe, MoeRecipe, Prompt, Recipe, Reference
+from moeforge.recipe import Adapter, Expert, LoadedRecipe, MoeRecipe, Prompt, Recipe, Reference
 from moeforge.sources import Source, open_source
 from moeforge.sources.adapter import open_adapter
 
@@ -54,8 +54,16 @@ def _read_prompts(
     needed = gates.load(recipe.gate_mode).needs_prompts
     prompts: list[ExpertPrompt] = []
     seen: dict[frozenset[Prompt], int] = {}
-    for i, expert in enumerate(recipe.experts):
-        path = ("experts", i)
+    entries: list[tuple[tuple[str | int, ...], Expert]] = [
+        (("experts", i), expert) for i, expert in enumerate(recipe.experts)
+    ]
+    # A shared expert may have prompts where its family weighs it, but needs none.
+    entries += [
+        (("shared_experts", i), expert)
+        for i, expert in enumerate(recipe.shared_experts)
+        if expert.has_prompts
+    ]
+    for i, (path, expert) in enumerate(entries):
         try:
             positive = loaded.expert_prompts(expert)
         except ValueError as error:
@@ -66,8 +74,8 @@ def _read_prompts(
             fix = "Add positive_prompts or prompts_file, or choose gate_mode: random to train it."
             findings.append(Finding(what, fix, path))
         elif needed and frozenset(positive) in seen:
-            twin = seen[frozenset(positive)]
-            what = f"experts[{twin}] has the same prompts: no router can tell them apart"
+            word, number = entries[seen[frozenset(positive)]][0]
+            what = f"{word}[{number}] has the same prompts: no router can tell them apart"
             findings.append(Finding(what, "Give each expert prompts of its own.", path))
         seen.setdefault(frozenset(positive), i)
         prompts += [(i, False, prompt) for prompt in positive]

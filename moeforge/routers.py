@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeforge import gates
+from moeforge.dense import hidden_size
 from moeforge.engine.whole import evaluate
 from moeforge.errors import BuildError, Finding
 from moeforge.gates import GateInput
@@ -79,8 +80,9 @@ def compute_routers(
     assert plan.experts is not None
     base = planner.model(recipe.base_model, ("base_model",))
     assert base is not None
-    depth = len(plan.experts.routers)
-    hidden = int(plan.config["hidden_size"])
+    layers = plan.experts.layers
+    hidden = hidden_size(base.config)
+    assert hidden is not None
     weights = Weights(base)
     tokenized = _tokenize(plan, folder, prepared.prompts)
 
@@ -88,13 +90,17 @@ def compute_routers(
         from moeforge.forward import layer_inputs
 
         ids = [prompt.ids for prompt in tokenized]
-        layers = layer_inputs(base.config, ids, weights.read, weights.rows, device)
-        for done, inputs in enumerate(layers):
-            progress("routers", done, depth)
-            yield inputs
-        progress("routers", depth, depth)
+        met = layer_inputs(base.config, ids, weights.read, weights.rows, device)
+        for done, inputs in enumerate(met):
+            progress("routers", done, layers[-1] + 1)
+            if done in layers:
+                yield inputs
+            if done == layers[-1]:
+                break  # nothing above it has a router
+        progress("routers", layers[-1] + 1, layers[-1] + 1)
 
-    shape = (depth, len(plan.experts.labels), hidden)
+    experts, gated = len(plan.experts.labels), bool(plan.experts.shared_gates)
+    shape = (len(layers), experts + gated, hidden)
     gate = gates.load(plan.experts.gate_mode)
     try:
         gates_LEH = gate.build(GateInput(shape, recipe.seed, tokenized, weights.rows, walk))
@@ -103,7 +109,10 @@ def compute_routers(
     if not bool(gates_LEH.isfinite().all()):
         what = "the router weights are not finite: the base computes NaN or infinity on the prompts"
         raise BuildError(Finding(what, "Check the base model; its weights may be damaged."))
-    return _as_source(gates_LEH, plan.experts.routers)
+    tensors = dict(zip(plan.experts.routers, gates_LEH[:, :experts], strict=True))
+    if gated:
+        tensors.update(zip(plan.experts.shared_gates, gates_LEH[:, experts:], strict=True))
+    return _as_source(tensors)
 
 
 def _tokenize(plan: Plan, folder: Path, prompts: Sequence[ExpertPrompt]) -> Sequence[Any]:
@@ -115,12 +124,11 @@ def _tokenize(plan: Plan, folder: Path, prompts: Sequence[ExpertPrompt]) -> Sequ
     return tokenize(load_tokenizer(folder), prompts, most)
 
 
-def _as_source(gates_LEH: Tensor, names: Sequence[str]) -> Source:
+def _as_source(gates: Mapping[str, Tensor]) -> Source:
     import torch
 
-    spec = TensorSpec(FLOAT32, tuple(gates_LEH.shape[1:]))
-    tensors = {
-        name: (spec, bytes(gate.contiguous().float().view(torch.uint8).flatten().numpy()))
-        for name, gate in zip(names, gates_LEH, strict=True)
-    }
-    return MemorySource(ROUTERS, tensors)
+    def raw(gate: Tensor) -> bytes:
+        return bytes(gate.contiguous().float().view(torch.uint8).flatten().numpy())
+
+    specs = {name: TensorSpec(FLOAT32, tuple(gate.shape)) for name, gate in gates.items()}
+    return MemorySource(ROUTERS, {n: (specs[n], raw(gate)) for n, gate in gates.items()})

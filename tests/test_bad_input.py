@@ -284,7 +284,7 @@ def test_experts_of_another_shape_are_refused(config, said, llamas, models):
     found = refused(mixture(llamas[0], llamas[1], other), 4)
     assert list(found) == ["$.experts[1].source_model"]
     assert f"{other} {said}" in found["$.experts[1].source_model"]
-    assert "use fine-tunes of it" in found["$.experts[1].source_model"]
+    assert "se fine-tunes of " in found["$.experts[1].source_model"]
 
 
 def test_experts_of_another_family_are_refused(llamas, models):
@@ -295,10 +295,9 @@ def test_experts_of_another_family_are_refused(llamas, models):
 def test_bases_without_a_home_hear_of_the_families(models, llamas):
     gpt = models("gpt_neox", seed=1)
     found = refused(mixture(gpt, gpt, gpt), 4)["$.base_model"]
-    assert "gpt_neox models cannot become experts" in found
-    assert "mixtral from llama, mistral" in found
-    found = refused(mixture(llamas[0], *llamas[:2], architecture="qwen3_moe"), 4)["$.base_model"]
-    assert "llama models cannot become experts of qwen3_moe" in found
+    assert "no MoE architecture holds this gpt_neox model exactly" in found
+    found = refused(mixture(llamas[0], *llamas[:2], architecture="qwen3_moe"), 4)["$.architecture"]
+    assert "qwen3_moe: it holds qwen3; this is a llama model" in found
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads"])

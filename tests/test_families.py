@@ -4,14 +4,19 @@ import json
 
 import pytest
 import torch
+from tiny import LAYERS, WIDE
+from zoo import ZOO
 from transformers import AutoModelForCausalLM
 
 import moeforge
 from moeforge import catalog, families
-from moeforge.configs import complete
+from moeforge.families import Mixture
+from moeforge.planners.homes import objection
 from moeforge.proof.heldout import load_output
 
 VARIANTS = {
+    "phi3": [{}, {"tie_word_embeddings": True}, {"sliding_window": 8}],
+    "helium": [{}, {"tie_word_embeddings": True}],
     "llama": [
         {},
         {"tie_word_embeddings": True},
@@ -21,11 +26,15 @@ VARIANTS = {
     ],
     "mistral": [{}, {"sliding_window": 8}, {"sliding_window": None}, {"head_dim": 32}],
     "qwen2": [
-        {},
-        {"tie_word_embeddings": True},
+        {"use_sliding_window": False},
+        {"use_sliding_window": False, "tie_word_embeddings": True},
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     ],
-    "qwen3": [{}, {"tie_word_embeddings": True}, {"attention_bias": True}],
+    "qwen3": [
+        {"use_sliding_window": False},
+        {"use_sliding_window": False, "tie_word_embeddings": True},
+        {"use_sliding_window": False, "attention_bias": True},
+    ],
     "granite": [
         {
             "attention_multiplier": 0.2,
@@ -62,8 +71,9 @@ def logits(model, ids):
 @pytest.mark.parametrize(("name", "dense", "number"), cases())
 def test_identical_experts_are_the_dense_model(name, dense, number, models, tmp_path):
     family, variant = families.load(name), VARIANTS[dense][number]
-    folder = models(dense, seed=3, with_tokenizer=False, **variant)
-    reason = family.refuse(complete(json.loads((folder / "config.json").read_text())))
+    folder = models(dense, seed=3, with_tokenizer=False, **{**ZOO[dense], **variant})
+    config = json.loads((folder / "config.json").read_text())
+    reason = objection(family, config, Mixture(3, 2, WIDE, (True,) * LAYERS))
     recipe = {
         "base_model": str(folder),
         "experts": [{"source_model": str(folder)} for _ in range(3)],

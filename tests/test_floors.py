@@ -13,7 +13,7 @@ ROOT = Path(moeforge.__file__).parent
 
 FLOORS = [
     {"errors", "version"},
-    {"tensors", "catalog", "configs", "vocabulary"},
+    {"tensors", "catalog", "configs", "dense", "vocabulary"},
     {"recipe", "plans", "sources", "forward"},
     {"methods", "families", "gates"},
     {"planners", "engine", "output", "proof"},
@@ -22,6 +22,7 @@ FLOORS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {
+    ("configs", "dense"),
     ("sources", "plans"),
     ("output", "engine"),
     ("prepare", "routers"),

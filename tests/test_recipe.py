@@ -178,18 +178,10 @@ def test_a_module_has_not_both():
     assert "either models or slices" in what
 
 
-@pytest.mark.parametrize(
-    ("recipe", "key"),
-    [
-        (moe(shared_experts=[]), "shared_experts"),
-        (moe(layers="all"), "layers"),
-        (moe(gate_parameters={}), "gate_parameters"),
-    ],
-)
-def test_keys_that_are_known_but_not_supported_are_said_to_be(recipe, key):
-    ((_, path, what),) = mistakes(recipe)
-    assert path == f"$.{key}"
-    assert what == f'"{key}" is not supported by this version of moeforge'
+def test_keys_that_are_known_but_not_supported_are_said_to_be():
+    ((_, path, what),) = mistakes(moe(gate_parameters={}))
+    assert path == "$.gate_parameters"
+    assert what == '"gate_parameters" is not supported by this version of moeforge'
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,19 @@ It is llama with an optional bias on all four attention projections and four sca
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import Family, Fill
+from moeforge.families import QKVO_BIASES, Accept, Family, Fill, Mixture
 
 _LAYER = "model.layers.{layer}"
-_BIASES = tuple(f"self_attn.{part}_proj.bias" for part in "qkvo")
 
 
 def _has_bias(dense: Config) -> bool:
     return bool(dense["attention_bias"]) or dense["model_type"] == "qwen2"
 
 
-def refuse(dense: Config) -> str:
+def refuse(dense: Config, mixture: Mixture) -> str:
     """No MLP bias, no window, and the head size is always hidden / heads."""
     if dense["mlp_bias"]:
         return "GraniteMoe's experts have no biases, this model's MLPs have (mlp_bias is true)"
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute GraniteMoe with SiLU, this model has {dense['hidden_act']}"
     if dense["head_dim"] * dense["num_attention_heads"] != dense["hidden_size"]:
         return f"GraniteMoe needs head_dim = hidden / heads, this model has {dense['head_dim']}"
     if dense.get("use_sliding_window"):
@@ -29,7 +26,14 @@ def refuse(dense: Config) -> str:
     return ""
 
 
-def config(dense: Config, n_experts: int, per_token: int) -> Config:
+def exotic(dense: Config, mixture: Mixture) -> str:
+    """Other engines do not look at the activation."""
+    if dense["hidden_act"] != "silu":
+        return f"other engines compute GraniteMoe with SiLU, this model has {dense['hidden_act']}"
+    return ""
+
+
+def config(dense: Config, mixture: Mixture) -> Config:
     """Write GraniteMoe's keys; models other than granite get neutral multipliers."""
     neutral = {
         "embedding_multiplier": 1.0,
@@ -40,8 +44,8 @@ def config(dense: Config, n_experts: int, per_token: int) -> Config:
     own = dense["model_type"] == "granite"
     return {
         **{key: float(dense[key]) if own else value for key, value in neutral.items()},
-        "num_local_experts": n_experts,
-        "num_experts_per_tok": per_token,
+        "num_local_experts": mixture.experts,
+        "num_experts_per_tok": mixture.per_token,
         "attention_bias": _has_bias(dense),
         "output_router_logits": False,
         "layer_types": None,
@@ -53,15 +57,15 @@ def config(dense: Config, n_experts: int, per_token: int) -> Config:
     }
 
 
-def _bias_shape(dense: Config) -> tuple[int, ...]:
-    # Zero-size: no such tensor is written where the family is told that there are no biases.
+def _bias_shape(dense: Config, mixture: Mixture) -> tuple[int, ...]:
+    # No such tensor is written where the family is told that there are no biases.
     return (dense["hidden_size"],) if _has_bias(dense) else ()
 
 
 FAMILY = Family(
     model_type="granitemoe",
     architecture="GraniteMoeForCausalLM",
-    accepts={"granite": 0, "llama": 1, "qwen2": 1},
+    accepts={"granite": Accept(), "llama": Accept(1), "qwen2": Accept(1)},
     router=f"{_LAYER}.block_sparse_moe.router.layer.weight",
     experts={
         f"{_LAYER}.block_sparse_moe.input_linear.weight": ("gate_proj.weight", "up_proj.weight"),
@@ -69,6 +73,7 @@ FAMILY = Family(
     },
     config=config,
     refuse=refuse,
-    optional=_BIASES,
+    exotic=exotic,
+    optional=QKVO_BIASES,
     fills={f"{_LAYER}.self_attn.o_proj.bias": Fill(_bias_shape)},
 )

@@ -1,4 +1,4 @@
-"""qwen2_moe: a home of qwen2 models, with a shared expert that contributes nothing.
+"""qwen2_moe: a home of qwen2 models, with a shared expert that contributes nothing unless given.
 
 llama.cpp does not renormalise this family's expert weights; granitemoe is the home for GGUF.
 """
@@ -6,28 +6,22 @@ llama.cpp does not renormalise this family's expert weights; granitemoe is the h
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import LLAMA_LAYER, Family, Fill
+from moeforge.families import LLAMA_LAYER, QKV_BIASES, Accept, Family, Mixture, Shared, each
+from moeforge.families._sparse import qwen_layers
 
 _LAYER = "model.layers.{layer}"
-_EXPERT = f"{_LAYER}.mlp.experts.{{expert}}"
 _SHARED_WIDTH = 256
 """Wide enough for quantised blocks; its down projection is zero, so the width changes nothing."""
-_SHARED_GATE = 2.0**-10
-"""Not zero: llama.cpp computes this gate as silu(x)/x."""
 
 
-def _shared_width(dense: Config) -> int:
-    return min(_SHARED_WIDTH, int(dense["intermediate_size"]))
-
-
-def refuse(dense: Config) -> str:
-    """Other engines compute this family with SiLU only."""
+def exotic(dense: Config, mixture: Mixture) -> str:
+    """Other engines do not look at the activation."""
     if dense["hidden_act"] != "silu":
         return f"other engines compute Qwen2-MoE with SiLU, this model has {dense['hidden_act']}"
     return ""
 
 
-def config(dense: Config, n_experts: int, per_token: int) -> Config:
+def config(dense: Config, mixture: Mixture) -> Config:
     """Write Qwen2-MoE's keys.
 
     Which layers slide is written out: the MoE family has another rule for it than the dense one,
@@ -39,13 +33,11 @@ def config(dense: Config, n_experts: int, per_token: int) -> Config:
         for layer in range(depth)
     ]
     return {
-        "num_experts": n_experts,
-        "num_experts_per_tok": per_token,
-        "moe_intermediate_size": dense["intermediate_size"],
-        "shared_expert_intermediate_size": _shared_width(dense),
+        "num_experts": mixture.experts,
+        "num_experts_per_tok": mixture.per_token,
+        "moe_intermediate_size": mixture.width,
+        "shared_expert_intermediate_size": mixture.shared,
         "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
         "qkv_bias": True,
         "output_router_logits": False,
         "layer_types": kinds if dense["use_sliding_window"] else ["full_attention"] * depth,
@@ -57,28 +49,18 @@ def config(dense: Config, n_experts: int, per_token: int) -> Config:
 FAMILY = Family(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
-    accepts={"qwen2": 0},
+    accepts={"qwen2": Accept()},
     router=f"{_LAYER}.mlp.gate.weight",
-    experts={
-        f"{_EXPERT}.gate_proj.weight": ("gate_proj.weight",),
-        f"{_EXPERT}.up_proj.weight": ("up_proj.weight",),
-        f"{_EXPERT}.down_proj.weight": ("down_proj.weight",),
-    },
+    experts=each(f"{_LAYER}.mlp.experts.{{expert}}"),
     config=config,
-    refuse=refuse,
-    layer=(*LLAMA_LAYER, *(f"self_attn.{part}_proj.bias" for part in "qkv")),
-    fills={
-        f"{_LAYER}.mlp.shared_expert.gate_proj.weight": Fill(
-            lambda dense: (_shared_width(dense), dense["hidden_size"])
-        ),
-        f"{_LAYER}.mlp.shared_expert.up_proj.weight": Fill(
-            lambda dense: (_shared_width(dense), dense["hidden_size"])
-        ),
-        f"{_LAYER}.mlp.shared_expert.down_proj.weight": Fill(
-            lambda dense: (dense["hidden_size"], _shared_width(dense))
-        ),
-        f"{_LAYER}.mlp.shared_expert_gate.weight": Fill(
-            lambda dense: (1, dense["hidden_size"]), _SHARED_GATE
-        ),
-    },
+    exotic=exotic,
+    layer=lambda config, layer: (*LLAMA_LAYER, *QKV_BIASES),
+    dense_mlp=each(f"{_LAYER}.mlp"),
+    sparse=qwen_layers,
+    shared=Shared(
+        each(f"{_LAYER}.mlp.shared_expert"),
+        needed=True,
+        zero_width=lambda config, mixture: min(_SHARED_WIDTH, mixture.width),
+        gate=f"{_LAYER}.mlp.shared_expert_gate.weight",
+    ),
 )

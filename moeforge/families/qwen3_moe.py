@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import LLAMA_LAYER, Family
+from moeforge.families import LLAMA_LAYER, PARTS, QKVO_BIASES, Accept, Family, Mixture, each
+from moeforge.families._sparse import qwen_layers
 
-_EXPERT = "model.layers.{layer}.mlp.experts.{expert}"
-_BIASES = tuple(f"self_attn.{part}_proj.bias" for part in "qkvo")
+_LAYER = "model.layers.{layer}"
+_QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
-def refuse(dense: Config) -> str:
+def refuse(dense: Config, mixture: Mixture) -> str:
     """qwen3_moe slides in all layers or in none."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute Qwen3-MoE with SiLU, this model has {dense['hidden_act']}"
     if dense["use_sliding_window"]:
         return "Qwen3-MoE cannot mix sliding and full attention (use_sliding_window is true)"
     return ""
 
 
-def config(dense: Config, n_experts: int, per_token: int) -> Config:
+def exotic(dense: Config, mixture: Mixture) -> str:
+    """Other engines do not look at the activation."""
+    if dense["hidden_act"] != "silu":
+        return f"other engines compute Qwen3-MoE with SiLU, this model has {dense['hidden_act']}"
+    return ""
+
+
+def config(dense: Config, mixture: Mixture) -> Config:
     """Write Qwen3-MoE's keys; `num_experts` is the spelling that all readers know."""
     return {
-        "num_experts": n_experts,
-        "num_experts_per_tok": per_token,
-        "moe_intermediate_size": dense["intermediate_size"],
+        "num_experts": mixture.experts,
+        "num_experts_per_tok": mixture.per_token,
+        "moe_intermediate_size": mixture.width,
         "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
         "output_router_logits": False,
         "layer_types": None,
         "mlp_bias": None,
@@ -36,15 +40,14 @@ def config(dense: Config, n_experts: int, per_token: int) -> Config:
 FAMILY = Family(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    accepts={"qwen3": 0},
-    router="model.layers.{layer}.mlp.gate.weight",
-    experts={
-        f"{_EXPERT}.gate_proj.weight": ("gate_proj.weight",),
-        f"{_EXPERT}.up_proj.weight": ("up_proj.weight",),
-        f"{_EXPERT}.down_proj.weight": ("down_proj.weight",),
-    },
+    accepts={"qwen3": Accept()},
+    router=f"{_LAYER}.mlp.gate.weight",
+    experts=each(f"{_LAYER}.mlp.experts.{{expert}}"),
     config=config,
     refuse=refuse,
-    layer=(*LLAMA_LAYER, "self_attn.q_norm.weight", "self_attn.k_norm.weight"),
-    optional=_BIASES,
+    exotic=exotic,
+    layer=lambda config, layer: (*LLAMA_LAYER, *_QK_NORMS),
+    optional=QKVO_BIASES,
+    dense_mlp=each(f"{_LAYER}.mlp", PARTS),
+    sparse=qwen_layers,
 )

@@ -1,64 +1,107 @@
-"""Owns mixtures of experts: a base, experts and a family become a plan."""
+"""Owns mixtures of experts: a recipe and its models become a plan, or all mistakes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 
-from moeforge import catalog, families
-from moeforge.configs import Config, complete, portable
+from moeforge.configs import n_layers
+from moeforge.dense import hidden_size
 from moeforge.errors import Path
-from moeforge.families import Family
-from moeforge.planners.model import (
-    EMBEDDINGS,
-    HEAD,
-    Findings,
-    Model,
-    differences,
-    listing,
-    natural,
-)
-from moeforge.plans import ROUTERS, Concat, Experts, Expr, Fill, Merge, Plan, PlannedTensor, Read
-from moeforge.recipe import MoeRecipe
-from moeforge.tensors import BY_NAME, DType, TensorSpec
+from moeforge.families import Family, Mixture
+from moeforge.planners import remote
+from moeforge.planners.homes import Home, choose, in_words_of
+from moeforge.planners.mixture import Assembly, Views, check_base, check_expert
+from moeforge.planners.model import Findings, Model, differences
+from moeforge.planners.parts import ExpertParts, Parts
+from moeforge.plans import Plan
+from moeforge.recipe import Expert, MoeRecipe
 
-_GLOBAL = (EMBEDDINGS, "model.norm.weight", HEAD)
-_MUST_AGREE = ("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
-_WORTH_KNOWING = ("rope_theta", "rms_norm_eps", "vocab_size")
+Resolve = Callable[[object, Path], Model | None]
+
+_MUST_AGREE = ("hidden_size", "num_hidden_layers", "hidden_act")
+_WORTH_KNOWING = ("rope_theta", "rms_norm_eps", "vocab_size", "max_position_embeddings")
+_ATTENTION = "attention comes from the base, the expert's MLPs were trained with another"
+_SO_WHAT = {"vocab_size": "the base's embeddings are used, tokens it lacks are lost"}
 
 
-def choose_family(config: Config, word: str, findings: Findings, path: Path) -> Family | None:
-    """Return the family for a dense config, or None after reporting why there is none.
-
-    Args:
-        config: the base's raw config.
-        word: "auto", the name of a family, or the start of it.
-        findings: receives the reason.
-        path: where the base stands in the recipe.
-    """
-    kind = str(config.get("model_type"))
-    accepting = families.candidates(kind)
-    if word != "auto":
-        accepting = [family for family in accepting if family.model_type.startswith(word.lower())]
-    reasons = []
-    for family in accepting:
-        reason = family.refuse(complete(config))
-        if not reason:
-            return family
-        reasons.append(f"{family.model_type}: {reason}")
-    if reasons:
-        what = f"no MoE family holds this {kind} model exactly: {'; '.join(reasons)}"
+def plan_moe(
+    recipe: MoeRecipe, resolve: Resolve, path: Path, findings: Findings, notes: Findings
+) -> Plan | None:
+    """Plan a mixture of experts; None where something was found wrong."""
+    before = len(findings)
+    base = resolve(recipe.base_model, (*path, "base_model"))
+    wanted = _Wanted(recipe, resolve, path, findings, notes)
+    experts = wanted.experts("experts", recipe.experts, base)
+    shared = wanted.experts("shared_experts", recipe.shared_experts, base)
+    if base is None or not _has_sizes(base, findings, (*path, "base_model")):
+        return None
+    try:
+        sparse = recipe.sparse(n_layers(base.config) or 0)
+    except ValueError as error:
+        findings.error(str(error), "Layers count from 0.", (*path, "layers"))
+        return None
+    whole = [expert for expert in experts if expert is not None]
+    whole_shared = [expert for expert in shared if expert is not None]
+    complete = len(whole) == len(experts) and len(whole_shared) == len(shared)
+    if not whole:
+        return None
+    # Widths are of the models as they are; zeros may be added to them below.
+    mixture = Mixture(
+        len(whole),
+        recipe.experts_per_token,
+        0,
+        sparse,
+        sum(_width(expert.models[sparse.index(True)]) for expert in whole_shared),
+    )
+    mixture = replace(mixture, width=_common_width(base, whole, recipe, findings))
+    where = "base_model" if recipe.architecture == "auto" else "architecture"
+    home = choose(base.config, recipe.architecture, mixture, findings, (*path, where))
+    if home is None:
+        return None
+    for note in home.notes:
+        notes.error(note, path=(*path, where))
+    parts = Parts(recipe, base, tuple(whole), tuple(whole_shared), mixture, home.considered)
+    if home.family is None:
+        plan = remote.plan(parts, findings, notes, path)
     else:
-        what = f"{kind} models cannot become experts" + (f" of {word}" if word != "auto" else "")
-    shelf = [families.load(name) for name in catalog.names("families")]
-    homes = "; ".join(f"{f.model_type} from {', '.join(sorted(f.accepts))}" for f in shelf)
-    findings.error(what, f"Families: {homes}.", path)
-    return None
+        plan = _plan_native(parts, home, home.family, findings, notes, path)
+    return plan if complete and len(findings) == before else None
 
 
-def _check_config(base: Model, findings: Findings, path: Path) -> bool:
+def _plan_native(
+    parts: Parts, home: Home, family: Family, findings: Findings, notes: Findings, path: Path
+) -> Plan | None:
+    """Plan a mixture in the layout of a family."""
+    before, views = len(findings), Views(family)
+    check_base(parts, family, views, findings, (*path, "base_model"))
+    layers = [layer for layer, sparse in enumerate(parts.mixture.sparse) if sparse]
+    for expert in (*parts.experts, *parts.shared):
+        for model in {model.label: model for model in expert.models}.values():
+            served = [layer for layer in layers if expert.models[layer] is model]
+            kind = str(model.config.get("model_type"))
+            if kind in family.accepts:
+                check_expert(model, served, family, views, findings, expert.path)
+                continue
+            takes = ", ".join(sorted(family.accepts))
+            what = f"{model.label} is a {kind} model; {family.model_type} takes {takes}"
+            findings.error(what, "Use fine-tunes of the base.", expert.path)
+    if len(findings) > before:
+        return None
+    dense, mixture = in_words_of(family, parts.base.config), parts.mixture
+    if family.shared:
+        step = family.shared.step(dense, mixture)
+        if mixture.shared:
+            mixture = replace(mixture, shared=-(-mixture.shared // step) * step)
+        elif family.shared.needed:
+            mixture = replace(mixture, shared=family.shared.zero_width(dense, mixture))
+    return Assembly(replace(parts, mixture=mixture), family, views).plan(home, notes)
+
+
+def _has_sizes(base: Model, findings: Findings, path: Path) -> bool:
     """Say whether the base's config has the sizes that everything else is told from."""
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    absent = [key for key in sizes if not isinstance(base.config.get(key), int)]
+    absent = [] if hidden_size(base.config) else ["hidden_size"]
+    absent += [] if n_layers(base.config) else ["num_hidden_layers"]
     if absent:
         kind = base.config.get("model_type", "without model_type")
         what = f"the config.json of {base.label} ({kind}) does not say {', '.join(absent)}"
@@ -66,227 +109,108 @@ def _check_config(base: Model, findings: Findings, path: Path) -> bool:
     return not absent
 
 
-def _fits(
-    base: Model, expert: Model, family: Family, findings: Findings, notes: Findings, path: Path
-) -> bool:
-    """Say whether an expert is of the base's kind and shape; report why not."""
-    kind = str(expert.config.get("model_type"))
-    if kind not in family.accepts:
-        takes = ", ".join(sorted(family.accepts))
-        what = f"{expert.label} is a {kind} model; {family.model_type} takes {takes}"
-        findings.error(what, "Use fine-tunes of the base.", path)
-        return False
-    facts = differences(base, expert)
-    for key in _MUST_AGREE:
-        if key in facts:
-            fix = "Every expert of one MoE needs the shape of the base: use fine-tunes of it."
-            findings.error(facts[key], fix, path)
-    for key in _WORTH_KNOWING:
-        if key in facts:
-            more = (
-                "the base's embeddings are used, tokens it lacks are lost"
-                if key == "vocab_size"
-                else "attention comes from the base, the expert's MLPs were trained with another"
-            )
-            notes.error(f"{facts[key]}: {more}", path=path)
-    return not set(facts).intersection(_MUST_AGREE)
+_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 
 
-def _mlp_tensors(model: Model, family: Family, depth: int, findings: Findings, path: Path) -> None:
-    """Report MLP tensors that the family has no place for, or needs and does not find."""
-    places = {f"model.layers.{i}.mlp.{rest}" for i in range(depth) for rest in family.mlp}
-    own = {name for name in model.tensors if ".mlp." in name}
-    if extra := sorted(own - places, key=natural):
-        what = f"{family.model_type} has no place for {len(extra)} tensors of {model.label}"
-        findings.error(f"{what}: {listing(extra)}", path=path)
-    if absent := sorted(places - own, key=natural):
-        what = f"{model.label} lacks {len(absent)} tensors: {listing(absent)}"
-        findings.error(what, "Download or export it again.", path)
+def _width(model: Model) -> int:
+    """Return the intermediate size of the MLPs of `model`, by its config."""
+    for key in _WIDTHS:
+        value = model.config.get(key)
+        if isinstance(value, list) and value:
+            return int(max(value))
+        if isinstance(value, int):
+            return value
+    return 4 * (hidden_size(model.config) or 0)
 
 
-def _check_base(base: Model, family: Family, depth: int, findings: Findings, path: Path) -> None:
-    layers = [f"model.layers.{i}." for i in range(depth)]
-    needed = {layer + rest for layer in layers for rest in family.layer} | set(_GLOBAL[:2])
-    allowed = needed | {layer + rest for layer in layers for rest in family.optional} | {HEAD}
-    own = {name for name in base.tensors if ".mlp." not in name}
-    if extra := sorted(own - allowed, key=natural):
-        what = f"{family.model_type} has no place for {len(extra)} tensors of {base.label}"
-        findings.error(f"{what}: {listing(extra)}", path=path)
-    if absent := sorted(needed - own, key=natural):
-        what = f"{base.label} lacks {len(absent)} tensors: {listing(absent)}"
-        findings.error(what, "Download or export it again.", path)
-
-
-def plan_moe(
+def _common_width(
+    base: Model,
+    experts: list[ExpertParts],
     recipe: MoeRecipe,
-    resolve: Callable[[object, Path], Model | None],
-    path: Path,
     findings: Findings,
-    notes: Findings,
-) -> Plan | None:
-    """Plan a mixture of experts; None where something was found wrong."""
-    base = resolve(recipe.base_model, (*path, "base_model"))
-    found = [
-        resolve(expert.source_model, (*path, "experts", i, "source_model"))
-        for i, expert in enumerate(recipe.experts)
-    ]
-    experts = [expert for expert in found if expert is not None]
-    if base is None or not _check_config(base, findings, (*path, "base_model")):
-        return None
-    family = choose_family(base.config, recipe.architecture, findings, (*path, "base_model"))
-    if family is None:
-        return None
-    before = len(findings)
-    depth = int(base.config["num_hidden_layers"])
-    _check_base(base, family, depth, findings, (*path, "base_model"))
-    for i, expert in enumerate(found):
-        here = (*path, "experts", i, "source_model")
-        if expert is not None and _fits(base, expert, family, findings, notes, here):
-            _mlp_tensors(expert, family, depth, findings, here)
-    if len(findings) > before or len(experts) < len(found):
-        return None
-    return _Assembly(recipe, base, experts, family, depth).plan(notes)
+) -> int:
+    """Return the width that all experts get; report those that differ unless zeros may be added."""
+    widest = _width(base)
+    for expert in experts:
+        for model in {model.label: model for model in expert.models}.values():
+            width = _width(model)
+            if width != _width(base) and not recipe.pad_experts:
+                what = f"{model.label} has intermediate_size {width}, {base.label}"
+                fix = "Use fine-tunes of the base, or pad_experts: true to fill up with zeros."
+                findings.error(f"{what} has {_width(base)}", fix, expert.path)
+            widest = max(widest, width)
+    return widest
 
 
-class _Assembly:
-    """A mixture whose parts are known to fit together."""
+class _Wanted:
+    """Finds the models of experts and reports those that do not fit the base."""
 
     def __init__(
-        self, recipe: MoeRecipe, base: Model, experts: Sequence[Model], family: Family, depth: int
+        self, recipe: MoeRecipe, resolve: Resolve, path: Path, findings: Findings, notes: Findings
     ) -> None:
-        self.recipe = recipe
-        self.base = base
-        self.experts = experts
-        self.family = family
-        self.depth = depth
-        self.dense = complete(base.config)
-        self.dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
-        embeddings = base.tensors[EMBEDDINGS].spec.dtype
-        self.main_dtype: DType = self.dtype or embeddings
+        self._resolve, self._path = resolve, path
+        self._findings, self._notes = findings, notes
 
-    def _layer(self, index: int) -> list[PlannedTensor]:
-        family, prefix = self.family, f"model.layers.{index}."
-        tensors = [
-            self._cast(self.base.tensors[prefix + rest])
-            for rest in (*family.layer, *family.optional)
-            if prefix + rest in self.base.tensors
+    def experts(
+        self, word: str, entries: tuple[Expert, ...], base: Model | None
+    ) -> list[ExpertParts | None]:
+        """Return each expert of one list of the recipe, or None after reporting why not."""
+        return [
+            self._expert(entry, base, (*self._path, word, i, "source_model"))
+            for i, entry in enumerate(entries)
         ]
-        taken = {tensor.name for tensor in tensors}
-        for template, fill in family.fills.items():
-            name, shape = template.format(layer=index), fill.shape(self.dense)
-            if shape and name not in taken:
-                tensors.append(
-                    PlannedTensor(name, TensorSpec(self.main_dtype, shape), Fill(fill.value))
-                )
-        router = family.router.format(layer=index)
-        shape = (len(self.experts), self.dense["hidden_size"])
-        tensors.append(
-            PlannedTensor(router, TensorSpec(self.main_dtype, shape), Read(ROUTERS, router))
-        )
-        for template, parts in family.experts.items():
-            tensors.extend(self._experts(template, parts, index))
-        return tensors
 
-    def _experts(self, template: str, parts: tuple[str, ...], index: int) -> list[PlannedTensor]:
-        if "{expert}" in template:
-            return [
-                self._concat(
-                    template.format(layer=index, expert=e), [self._piece(e, index, parts[0])]
-                )
-                for e in range(len(self.experts))
-            ]
-        pieces = [self._piece(e, index, part) for e in range(len(self.experts)) for part in parts]
-        return [self._concat(template.format(layer=index), pieces, stacked=True)]
+    def _expert(self, entry: Expert, base: Model | None, path: Path) -> ExpertParts | None:
+        if not isinstance(entry.source_model, tuple):
+            model = self._fitting(entry.source_model, base, path)
+            if model is None or base is None:
+                return None
+            return ExpertParts(entry, path, model.label, (model,) * (n_layers(base.config) or 0))
+        found = [
+            self._fitting(part.model, base, (*path, i, "model"))
+            for i, part in enumerate(entry.source_model)
+        ]
+        if base is None or None in found:
+            return None
+        by_layer: dict[int, Model] = {}
+        for i, (part, model) in enumerate(zip(entry.source_model, found, strict=True)):
+            assert model is not None
+            self._spread(part.layer_range, model, base, by_layer, (*path, i, "layer_range"))
+        depth = n_layers(base.config) or 0
+        if missing := [layer for layer in range(depth) if layer not in by_layer]:
+            what = f"no model is given for layer {missing[0]}"
+            self._findings.error(what, f"Let the ranges cover all {depth} layers.", path)
+            return None
+        models = tuple(by_layer[layer] for layer in range(depth))
+        labels = list(dict.fromkeys(model.label for model in models))
+        return ExpertParts(entry, path, " | ".join(labels), models)
 
-    def _piece(self, expert: int, index: int, part: str) -> tuple[Expr, TensorSpec]:
-        tensor = self.experts[expert].tensors[f"model.layers.{index}.mlp.{part}"]
-        expr = tensor.expr
-        scale = self.recipe.experts[expert].residual_scale
-        if part == "down_proj.weight" and scale != 1.0:
-            expr = Merge("passthrough", (expr,), (("scale", (scale,)),))
-        dtype = self.dtype or self.base_dtype(tensor.name)
-        return expr, TensorSpec(dtype, tensor.spec.shape)
+    def _spread(
+        self, span: tuple[int, int], model: Model, base: Model, taken: dict[int, Model], path: Path
+    ) -> None:
+        """Give the layers of `span` to `model`; report a range that is wrong."""
+        (start, end), depth = span, n_layers(base.config) or 0
+        if not 0 <= start < end <= depth:
+            what = f"layer_range [{start}, {end}], but the base has {depth} layers"
+            fix = f"Valid: 0 to {depth}, the end is exclusive and after the start."
+            self._findings.error(what, fix, path)
+        elif twice := [layer for layer in range(start, end) if layer in taken]:
+            what = f"layer {twice[0]} is given twice, to {taken[twice[0]].label} and {model.label}"
+            self._findings.error(what, "Let the ranges not overlap.", path)
+        else:
+            taken.update(dict.fromkeys(range(start, end), model))
 
-    def base_dtype(self, name: str) -> DType:
-        """Experts take the dtype of the tensor that they replace in the base."""
-        return self.base.tensors[name].spec.dtype if name in self.base.tensors else self.main_dtype
-
-    def _concat(
-        self, name: str, pieces: list[tuple[Expr, TensorSpec]], *, stacked: bool = False
-    ) -> PlannedTensor:
-        expr, spec = pieces[0]
-        if not stacked:
-            return PlannedTensor(name, spec, expr)
-        per_expert = len(pieces) // len(self.experts)
-        rows = sum(spec.shape[0] for _, spec in pieces[:per_expert])
-        shape = (len(self.experts), rows, *spec.shape[1:])
-        return PlannedTensor(name, TensorSpec(spec.dtype, shape), Concat(tuple(pieces)))
-
-    def _cast(self, tensor: PlannedTensor) -> PlannedTensor:
-        return PlannedTensor(
-            tensor.name, TensorSpec(self.dtype or tensor.spec.dtype, tensor.spec.shape), tensor.expr
-        )
-
-    def plan(self, notes: Findings) -> Plan:
-        family, recipe = self.family, self.recipe
-        head = [self.base.tensors[name] for name in _GLOBAL if name in self.base.tensors]
-        layers = [tensor for index in range(self.depth) for tensor in self._layer(index)]
-        tensors = (self._cast(head[0]), *layers, *map(self._cast, head[1:]))
-        per_token = recipe.experts_per_token
-        written = family.config(self.dense, len(self.experts), per_token)
-        config = portable(self.dense, self.main_dtype.name)
-        config.update({"model_type": family.model_type, "architectures": [family.architecture]})
-        for key, value in written.items():
-            if value is None and key != "sliding_window":
-                config.pop(key, None)
-            else:
-                config[key] = value
-        config["rms_norm_eps"] = float(config["rms_norm_eps"])
-        config["tie_word_embeddings"] = self.base.tied
-        routers = tuple(family.router.format(layer=i) for i in range(self.depth))
-        expert_parameters = sum(
-            self.experts[e].tensors[f"model.layers.{i}.mlp.{part}"].spec.numel
-            for e in range(len(self.experts))
-            for i in range(self.depth)
-            for part in family.mlp
-        )
-        labels = tuple(expert.label for expert in self.experts)
-        experts = Experts(
-            family.model_type,
-            self.base.label,
-            labels,
-            per_token,
-            recipe.gate_mode,
-            routers,
-            expert_parameters,
-        )
-        sources = dict(self.base.sources)
-        for expert in self.experts:
-            sources.update(expert.sources)
-        return Plan(
-            "moe",
-            tensors,
-            config,
-            sources,
-            self.base.donor,
-            experts,
-            self.base.tokenizer,
-            self._left_out(),
-            tuple(notes),
-        )
-
-    def _left_out(self) -> dict[str, str]:
-        """List what the experts and the base have and the mixture knowingly does not use."""
-        left = {f"{self.base.label}: {name}": why for name, why in self.base.left_out.items()}
-        labels = {expert.label for expert in self.experts}
-        if self.base.label not in labels:
-            for name in self.base.tensors:
-                if ".mlp." in name:
-                    left[f"{self.base.label}: {name}"] = "the experts' MLPs take its place"
-        for expert in self.experts:
-            if expert.label == self.base.label:
-                continue
-            for name in (*expert.tensors, *expert.left_out):
-                if ".mlp." not in name:
-                    left[f"{expert.label}: {name}"] = "comes from the base"
-        return left
+    def _fitting(self, entry: object, base: Model | None, path: Path) -> Model | None:
+        """Return the model of `entry` if it is of the base's kind and shape; report why not."""
+        model = self._resolve(entry, path)
+        if model is None or base is None:
+            return model
+        facts = differences(base, model)
+        for key in _MUST_AGREE:
+            if key in facts:
+                fix = "Every expert of one MoE needs the shape of the base: use fine-tunes of it."
+                self._findings.error(facts[key], fix, path)
+        for key in _WORTH_KNOWING:
+            if key in facts:
+                self._notes.error(f"{facts[key]}: {_SO_WHAT.get(key, _ATTENTION)}", path=path)
+        return None if set(facts).intersection(_MUST_AGREE) else model

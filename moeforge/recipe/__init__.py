@@ -12,29 +12,30 @@ from pydantic import ValidationError
 from moeforge.errors import Finding, RecipeError
 from moeforge.recipe import document, prompts
 from moeforge.recipe.document import Document
+from moeforge.recipe.kinds import average, parse_kind
+from moeforge.recipe.mixture import NO_HOMES, REMOTE, Expert, LayerSource, MoeRecipe
 from moeforge.recipe.prompts import Prompt
 from moeforge.recipe.schema import (
     Adapter,
     Combination,
-    Expert,
     MergeRecipe,
     Module,
     ModulesRecipe,
-    MoeRecipe,
     Recipe,
     Reference,
     Slice,
     SliceSource,
     StackRecipe,
-    average,
-    parse_kind,
 )
 
 __all__ = [
+    "NO_HOMES",
+    "REMOTE",
     "Adapter",
     "Combination",
     "Document",
     "Expert",
+    "LayerSource",
     "LoadedRecipe",
     "MergeRecipe",
     "Module",

@@ -5,23 +5,19 @@ Knows words, not models: whether layers exist or shapes agree is for `moeforge.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from moeforge import catalog, tensors
-from moeforge.errors import closest
 from moeforge.recipe.document import unknown
-from moeforge.recipe.parameters import Condition, Parameters
+from moeforge.recipe.parameters import Parameters
 from moeforge.recipe.strict import Strict, or_empty, or_none, show, wrong
 from moeforge.recipe.vocabulary import VocabularyKeys
 
@@ -88,7 +84,7 @@ class Reference(Strict):
         if isinstance(value, str) and value:
             return value
         if isinstance(value, dict):
-            inline = _parse_model(value)
+            inline = parse_model(value)
             if isinstance(inline, Recipe):
                 return inline
         if isinstance(value, Recipe):
@@ -116,7 +112,7 @@ def _path_and_revision(text: str) -> dict[str, Any]:
     return {"model": path, "revision": revision or None}
 
 
-def _parse_model(value: Any) -> Any:
+def parse_model(value: Any) -> Any:
     """Turn `path-or-id[@revision][+lora[@revision]]`, a mapping or a recipe into its model."""
     if isinstance(value, Strict):
         return value
@@ -130,16 +126,15 @@ def _parse_model(value: Any) -> Any:
         adapter = Adapter(**_path_and_revision(lora)) if plus else None
         return Reference(**_path_and_revision(text), lora=adapter)
     if isinstance(value, dict):
-        if "merge_method" in value or any(key in value for key in KINDS):
-            inline = parse_kind(value)
-            if isinstance(inline, MoeRecipe):
-                raise wrong("a mixture of experts cannot be an input of another recipe")
-            return inline
+        from moeforge.recipe import kinds  # which knows what stands here: recipes nest
+
+        if "merge_method" in value or any(key in value for key in kinds.KINDS):
+            return kinds.parse_inline(value)
         return Reference.model_validate(value)
     raise wrong(f"expected a model (path, Hub id or inline recipe), got {show(value)}")
 
 
-Model = Annotated[Any, BeforeValidator(_parse_model)]
+Model = Annotated[Any, BeforeValidator(parse_model)]
 """A `Reference`, or an inline `MergeRecipe`, `StackRecipe` or `ModulesRecipe`."""
 
 
@@ -149,20 +144,6 @@ Model = Annotated[Any, BeforeValidator(_parse_model)]
 def _method(word: str) -> str:
     if word not in catalog.names("methods"):
         raise wrong(unknown("merge method", word, catalog.names("methods")))
-    return word
-
-
-def _gate_mode(word: str) -> str:
-    if word not in catalog.names("gates"):
-        raise wrong(unknown("gate mode", word, catalog.names("gates")))
-    return word
-
-
-def _architecture(word: str) -> str:
-    families = catalog.names("families")
-    known = word and any(name.startswith(word.lower()) for name in families)
-    if word != "auto" and not known:
-        raise wrong(unknown("architecture", word, ("auto", *families)))
     return word
 
 
@@ -181,7 +162,8 @@ def _range(value: Any) -> Any:
     return value
 
 
-def _or_no_entries(value: Any) -> Any:
+def or_no_entries(value: Any) -> Any:
+    """Take a key without a value for no entries, as YAML writes it."""
     return () if value is None else value
 
 
@@ -270,8 +252,8 @@ class StackRecipe(Combination):
 class Module(Strict):
     """What one module of a model of several is made of: `models` or `slices`."""
 
-    models: Annotated[tuple[MergeInput, ...], BeforeValidator(_or_no_entries)] = ()
-    slices: Annotated[tuple[Slice, ...], BeforeValidator(_or_no_entries)] = ()
+    models: Annotated[tuple[MergeInput, ...], BeforeValidator(or_no_entries)] = ()
+    slices: Annotated[tuple[Slice, ...], BeforeValidator(or_no_entries)] = ()
     parameters: Settings = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -286,99 +268,3 @@ class ModulesRecipe(Combination):
 
     merge_method: MethodName
     modules: dict[str, Module] = Field(min_length=1)
-
-
-# --- mixtures of experts -------------------------------------------------------------------------
-
-
-class Expert(Strict):
-    """A model whose MLPs become one expert in every layer.
-
-    Attributes:
-        positive_prompts: texts that should reach this expert.
-        negative_prompts: texts that should not.
-        prompts_file: `.txt` (blank line between prompts) or `.jsonl` (`{"text": …}` or
-            `{"messages": […]}` per line), added to `positive_prompts`.
-        residual_scale: factor on the expert's down projection.
-    """
-
-    source_model: Model
-    positive_prompts: tuple[Text, ...] = ()
-    negative_prompts: tuple[Text, ...] = ()
-    prompts_file: str | None = None
-    residual_scale: Finite = 1.0
-    noise_scale: Finite = 0.0
-
-    @field_validator("noise_scale")
-    @classmethod
-    def _no_noise(cls, scale: float) -> float:
-        if scale:
-            raise wrong("noise_scale other than 0 is not supported by this version of moeforge")
-        return scale
-
-
-class MoeRecipe(Recipe):
-    """A mixture of experts: everything but the MLPs from `base_model`, one MLP per expert."""
-
-    not_yet = ("shared_experts", "layers", "gate_parameters")
-
-    base_model: Model
-    experts: tuple[Expert, ...] = Field(min_length=1)
-    experts_per_token: int = Field(default=2, ge=1)
-    architecture: Annotated[str, AfterValidator(_architecture)] = "auto"
-    gate_mode: Annotated[str, AfterValidator(_gate_mode)] = "fitted"
-    seed: Seed = 0
-
-    @field_validator("experts_per_token")
-    @classmethod
-    def _enough_experts(cls, per_token: int, info: ValidationInfo) -> int:
-        if "experts" not in info.data:
-            return per_token  # they are wrong, and reported themselves
-        count = len(info.data["experts"])
-        if per_token > count:
-            raise wrong(
-                f"experts_per_token is {per_token}, but there "
-                f"{'is 1 expert' if count == 1 else f'are {count} experts'}"
-                f"; list more experts or lower experts_per_token to {count}"
-            )
-        return per_token
-
-
-KINDS: dict[str, type[Recipe]] = {
-    "experts": MoeRecipe,
-    "slices": StackRecipe,
-    "models": MergeRecipe,
-    "modules": ModulesRecipe,
-}
-"""Which kind of recipe it is follows from its keys."""
-
-
-def parse_kind(data: dict[str, Any]) -> Recipe:
-    """Validate `data` as the kind of recipe that its keys say.
-
-    Raises:
-        ValidationError: with every mistake.
-    """
-    filled = [key for key in KINDS if data.get(key)]
-    if filled:  # mergekit takes an empty list for a key that is not there
-        data = {key: value for key, value in data.items() if key not in KINDS or key in filled}
-    present = [key for key in KINDS if key in data]
-    if not present:
-        # Guess the kind from a misspelt key, so that the message can name the right word.
-        fields = {name for kind in KINDS.values() for name in (*kind.model_fields, *kind.not_yet)}
-        present = [found for key in data if key not in fields and (found := closest(key, KINDS))]
-    if len(present) == 1:
-        return KINDS[present[0]].model_validate(data)
-    got = f"got {' and '.join(present)}" if present else "got none of them"
-    message = f"a recipe has exactly one of the keys {', '.join(KINDS)}; {got}"
-    raise ValidationError.from_exception_data(
-        "Recipe", [{"type": wrong(message), "loc": (), "input": None}]
-    )
-
-
-def average(models: Sequence[Any]) -> MergeRecipe:
-    """Return the recipe of the plain average of `models`."""
-    distinct = [model for i, model in enumerate(models) if model not in models[:i]]
-    inputs = tuple(MergeInput(model=model) for model in distinct)
-    weight = (Condition(1.0),)
-    return MergeRecipe(merge_method="linear", models=inputs, parameters={"weight": weight})

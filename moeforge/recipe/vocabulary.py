@@ -14,9 +14,9 @@ from moeforge.recipe.strict import Strict, or_empty, or_none, show, wrong
 
 def _model(value: Any) -> Any:
     # The schema imports this module, because recipes have these keys.
-    from moeforge.recipe.schema import _parse_model
+    from moeforge.recipe.schema import parse_model
 
-    return _parse_model(value)
+    return parse_model(value)
 
 
 def _source(value: Any) -> Any:

@@ -1,0 +1,98 @@
+"""Owns what is known of dense model types: what their configs leave unsaid, where their parts lie.
+
+Knows names and numbers only; no tensor, no MoE family, and does not import transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeforge.configs import Config
+
+EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a dense model lie, by the names of its modules in transformers.
+
+    Attributes:
+        layers: what stands before the layer number.
+        mlp: module of a layer that experts replace; its input is what a router sees.
+        embeddings: the embedding matrix [vocabulary, hidden].
+    """
+
+    layers: str = "model.layers."
+    mlp: str = "mlp"
+    embeddings: str = EMBEDDINGS
+
+
+ANATOMY: dict[str, Anatomy] = {}
+"""Dense types that are not laid out as llama is."""
+
+
+def anatomy(config: Config) -> Anatomy:
+    """Return where the parts of the model with this config lie."""
+    return ANATOMY.get(str(config.get("model_type")), Anatomy())
+
+
+DEFAULTS: dict[str, Config] = {
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "mistral": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "granite": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+    },
+}
+"""What a key means that config.json leaves out, where the MoE family's default differs."""
+
+_COMMON: Config = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
+
+
+def complete(config: Config) -> Config:
+    """Return `config` with the defaults of its dense type written out."""
+    full = {**_COMMON, **DEFAULTS.get(str(config.get("model_type")), {}), **config}
+    heads = full["num_attention_heads"]
+    full["num_key_value_heads"] = full.get("num_key_value_heads") or heads
+    full["head_dim"] = full.get("head_dim") or full["hidden_size"] // heads
+    return full
+
+
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed", "dim", "embed_dim")
+
+
+def hidden_size(config: Config) -> int | None:
+    """Return the width of the residual stream, or None where the config does not say."""
+    return next((config[key] for key in _HIDDEN if isinstance(config.get(key), int)), None)
