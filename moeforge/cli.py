@@ -59,7 +59,13 @@ def _print_json(data: Any) -> None:
 
 def _as_json(findings: tuple[Finding, ...]) -> list[dict[str, Any]]:
     return [
-        {"what": f.what, "fix": f.fix, "path": list(f.path), "line": f.line or None}
+        {
+            "what": f.what,
+            "fix": f.fix,
+            "path": list(f.path),
+            "line": f.line or None,
+            "warning": f.warning,
+        }
         for f in findings
     ]
 
@@ -123,7 +129,7 @@ def _bytes(count: int) -> str:
 
 
 def _note(finding: Finding) -> None:
-    print(f"note: {finding}", file=sys.stderr)
+    print(f"{'warning' if finding.warning else 'note'}: {finding}", file=sys.stderr)
 
 
 @app.command()

@@ -45,12 +45,14 @@ class Finding:
         fix: what to do next; may be empty.
         path: where in the recipe; empty where it is about none of its values.
         line: line in the recipe file, from 1; 0 where unknown.
+        warning: of things worth knowing, one that probably harms the result.
     """
 
     what: str
     fix: str = ""
     path: Path = ()
     line: int = 0
+    warning: bool = False
 
     def __str__(self) -> str:
         places = [f"line {self.line}"] if self.line else []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-from moeforge.configs import Config, n_layers
+from moeforge.configs import Config, n_layers, rope
 from moeforge.errors import Finding
 from moeforge.plans import Dequantize, PlannedTensor, Read
 from moeforge.sources import Source, quantized
@@ -197,15 +199,32 @@ _FACTS = {
     "vocab_size": "vocabulary entries",
     "hidden_act": "activation",
     "rope_theta": "rope_theta",
+    "rope_scaling": "rope scaling",
+    "max_position_embeddings": "positions",
     "rms_norm_eps": "rms_norm_eps",
 }
+
+
+def fact(config: Config, key: str) -> Any:
+    """Return what a config says under `key`, in whichever spelling, or None."""
+    if key in ("rope_theta", "rope_scaling"):
+        parameters = rope(config)
+        if parameters is None:
+            return None
+        if key == "rope_theta":
+            return parameters["rope_theta"]
+        scaled = {k: v for k, v in parameters.items() if k != "rope_theta"}
+        return json.dumps(scaled, sort_keys=True) if scaled != {"rope_type": "default"} else "none"
+    if key == "num_hidden_layers":
+        return n_layers(config)
+    return config.get(key)
 
 
 def differences(one: Model, other: Model, keys: Iterable[str] = _FACTS) -> dict[str, str]:
     """Return a sentence for each fact of the configs that both state and that differs."""
     result = {}
     for key in keys:
-        mine, theirs = one.config.get(key), other.config.get(key)
+        mine, theirs = fact(one.config, key), fact(other.config, key)
         if mine is not None and theirs is not None and mine != theirs:
             result[key] = f"{other.label} has {_FACTS[key]} {theirs}, {one.label} has {mine}"
     return result
@@ -216,6 +235,12 @@ class Findings(list[Finding]):
 
     def error(self, what: str, fix: str = "", path: tuple[str | int, ...] = ()) -> None:
         """Add a finding, once."""
-        finding = Finding(what, fix, path)
+        self._once(Finding(what, fix, path))
+
+    def warn(self, what: str, fix: str = "", path: tuple[str | int, ...] = ()) -> None:
+        """Add, once, what is allowed and probably harms the result."""
+        self._once(Finding(what, fix, path, warning=True))
+
+    def _once(self, finding: Finding) -> None:
         if finding not in self:
             self.append(finding)

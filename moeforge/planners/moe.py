@@ -10,19 +10,15 @@ from moeforge.dense import hidden_size
 from moeforge.errors import Path
 from moeforge.families import Family, Mixture
 from moeforge.planners import remote
+from moeforge.planners.fit import fits
 from moeforge.planners.homes import Home, choose, in_words_of
 from moeforge.planners.mixture import Assembly, Views, check_base, check_expert
-from moeforge.planners.model import Findings, Model, differences
+from moeforge.planners.model import Findings, Model
 from moeforge.planners.parts import ExpertParts, Parts
 from moeforge.plans import Plan
 from moeforge.recipe import Expert, MoeRecipe
 
 Resolve = Callable[[object, Path], Model | None]
-
-_MUST_AGREE = ("hidden_size", "num_hidden_layers", "hidden_act")
-_WORTH_KNOWING = ("rope_theta", "rms_norm_eps", "vocab_size", "max_position_embeddings")
-_ATTENTION = "attention comes from the base, the expert's MLPs were trained with another"
-_SO_WHAT = {"vocab_size": "the base's embeddings are used, tokens it lacks are lost"}
 
 
 def plan_moe(
@@ -205,12 +201,4 @@ class _Wanted:
         model = self._resolve(entry, path)
         if model is None or base is None:
             return model
-        facts = differences(base, model)
-        for key in _MUST_AGREE:
-            if key in facts:
-                fix = "Every expert of one MoE needs the shape of the base: use fine-tunes of it."
-                self._findings.error(facts[key], fix, path)
-        for key in _WORTH_KNOWING:
-            if key in facts:
-                self._notes.error(f"{facts[key]}: {_SO_WHAT.get(key, _ATTENTION)}", path=path)
-        return None if set(facts).intersection(_MUST_AGREE) else model
+        return model if fits(base, model, self._findings, self._notes, path) else None
