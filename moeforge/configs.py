@@ -22,7 +22,9 @@ def layer_key(config: Config) -> str:
 def n_layers(config: Config) -> int | None:
     """Return the number of layers, or None where the config does not say."""
     value = config.get(layer_key(config))
-    return value if isinstance(value, int) else None
+    if value is None:  # Nemotron-H has one entry per layer instead
+        value = len(config.get("layers_block_type") or config.get("hybrid_override_pattern") or ())
+    return value if isinstance(value, int) and value else None
 
 
 def rope(config: Config) -> Config | None:
@@ -77,54 +79,4 @@ def portable(config: Config, dtype: str | None = None) -> Config:
             result["rope_scaling"] = {**scaled, "type": parameters["rope_type"]}
         elif "rope_scaling" in result:
             result["rope_scaling"] = None
-    return result
-
-
-_NOT_PER_LAYER = {
-    "architectures",
-    "eos_token_id",
-    "bos_token_id",
-    "pad_token_id",
-    "begin_suppress_tokens",
-    "suppress_tokens",
-}
-"""Lists that may be as long as the model is deep, and are not about its layers."""
-_LAYER_INDICES = {"mlp_only_layers", "fullatt_block_indexes"}
-
-
-class LayerFieldError(ValueError):
-    """A field of the config speaks of each layer, and one of the stacked models lacks it."""
-
-
-def restack(donor: Config, layers: list[tuple[Config, int]]) -> Config:
-    """Return `donor` for a stack of `layers`.
-
-    Args:
-        donor: config that everything not per layer comes from.
-        layers: for each output layer, the config of the model it comes from and its index there.
-
-    Lists with one entry per layer (`layer_types`, ...) and lists of layer numbers
-    (`mlp_only_layers`) follow the layers.
-
-    Raises:
-        LayerFieldError: a source of a layer does not have a per-layer list that the donor has.
-    """
-    result = copy.deepcopy(donor)
-    result[layer_key(donor)] = len(layers)
-    depth = n_layers(donor)
-    for key, value in donor.items():
-        if not isinstance(value, list) or key in _NOT_PER_LAYER:
-            continue
-        if key in _LAYER_INDICES:
-            result[key] = [
-                new for new, (config, old) in enumerate(layers) if old in config.get(key, [])
-            ]
-        elif len(value) == depth:
-            for config, _ in layers:
-                theirs = config.get(key)
-                if not isinstance(theirs, list) or len(theirs) != n_layers(config):
-                    raise LayerFieldError(
-                        f'"{key}" has an entry for each layer, but not in all models'
-                    )
-            result[key] = [config[key][old] for config, old in layers]
     return result

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moeforge
-from moeforge.configs import portable, restack
+from moeforge.configs import portable
+from moeforge.planners.layer_keys import Origin, restack
 from moeforge.proof.heldout import load_output
 
 SLICES = [(0, 0, 3), (1, 1, 4), (0, 2, 3)]
@@ -127,8 +128,7 @@ def test_lists_and_layer_numbers_follow_the_layers():
         "mlp_only_layers": [1],
         "eos_token_id": [7, 8, 9],
     }
-    layers = [(config, 2), (config, 1), (config, 1), (config, 0)]
-    result = restack(config, layers)
+    result = restack(config, [Origin("A", config, layer) for layer in (2, 1, 1, 0)])
     assert result["num_hidden_layers"] == 4
     assert result["layer_types"] == ["c", "b", "b", "a"]
     assert result["mlp_only_layers"] == [1, 2]

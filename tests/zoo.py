@@ -1,7 +1,7 @@
 """A tiny configuration of every decoder language model in transformers.
 
 `ZOO[model_type]` is what goes on top of `tiny.SHAPE`: `models(model_type, **ZOO[model_type])`
-makes the checkpoint (four layers; hrm_text counts each pass through its two stacks of four).
+makes the checkpoint (four layers; hrm_text and longcat_flash count eight).
 `SKIP` names the other types of the causal language model mapping.
 """
 
@@ -225,7 +225,7 @@ ZOO: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
-        "expert_layer_period": 3,
+        "expert_layer_period": 2,
         "mamba_d_state": 8,
         "mamba_dt_rank": 4,
         "use_mamba_kernels": False,
@@ -259,7 +259,7 @@ ZOO: dict[str, dict[str, Any]] = {
     },
     "longcat_flash": {
         **MLA,
-        "num_layers": 4,
+        "num_hidden_layers": 8,
         "head_dim": 8,
         "ffn_hidden_size": 96,
         "n_routed_experts": 4,

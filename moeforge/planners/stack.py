@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moeforge.configs import Config, LayerFieldError, restack
 from moeforge.errors import Path
 from moeforge.planners.combine import Combiner, Seed, Slot
+from moeforge.planners.layer_keys import LayerFieldError, Origin
+from moeforge.planners.layer_proof import proven
 from moeforge.planners.merge import (
     Around,
     Resolve,
@@ -145,13 +146,18 @@ def plan_stack(
     stacker = _Stacker(combiner, [scope, *around.scopes], findings)
     tensors = list(stacker.tensors(parts, donor.layers.stem))
     combiner.finish()
+    if len(findings) > before:
+        return None
     vocabulary = combiner.vocabulary
     config = vocabulary.config(donor.config) if vocabulary else donor.config
+    split = (donor.layers.split(tensor.name) for tensor in tensors)
     try:
-        config = restack(_with_layer_types(config), _origins(parts))
+        config, said = proven(config, _origins(parts), {found[1] for found in split if found})
     except LayerFieldError as error:
-        findings.error(str(error), "Stack models of one family and configuration.", path)
+        findings.error(str(error), "Choose other layers, or models of one configuration.", path)
         return None
+    for sentence in said:
+        notes.error(sentence, path=path)
     config = finish_config(config, tensors)
     stacked = assemble("stack", config, tensors, donor, [donor, *inputs])
     unused = _unused(list(by_label.values()), tensors)
@@ -171,11 +177,12 @@ def _entries(
     return entries
 
 
-def _origins(parts: Sequence[_Part]) -> list[tuple[Config, int]]:
-    """Return for each output layer the config and layer number of the first source."""
+def _origins(parts: Sequence[_Part]) -> list[Origin]:
+    """Return for each output layer the layer of the first source."""
     return [
-        (_with_layer_types(part.models[0].config), part.entry.sources[0].layer_range[0] + offset)
+        Origin(model.label, model.config, part.entry.sources[0].layer_range[0] + offset)
         for part in parts
+        for model in part.models[:1]
         for offset in range(part.length)
     ]
 
@@ -271,29 +278,3 @@ def _unused(inputs: Sequence[Model], tensors: Sequence[PlannedTensor]) -> dict[s
         for name, tensor in model.tensors.items()
         if not any((e.source, e.name) in read for e in walk(tensor.expr) if isinstance(e, Read))
     }
-
-
-_UNIFORM = {"llama", "mistral", "mixtral", "granite", "granitemoe", "olmo2", "phi3"}
-"""Families whose layers are all of one kind, so that their config has nothing per layer."""
-
-
-def _with_layer_types(config: Config) -> Config:
-    """Write out `layer_types` where the family derives them from the layer number.
-
-    Once layers move, the derivation would be wrong. transformers knows every family's rule.
-    """
-    kind = config.get("model_type")
-    if kind in _UNIFORM or "layer_types" in config or "text_config" in config:
-        return config
-    if kind in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe") and not config.get(
-        "use_sliding_window"
-    ):
-        return config
-    from transformers import CONFIG_MAPPING
-
-    if kind not in CONFIG_MAPPING:
-        return config
-    types = getattr(CONFIG_MAPPING[kind].from_dict(dict(config)), "layer_types", None)
-    if not types or len(set(types)) < 2:
-        return config
-    return {**config, "layer_types": list(types)}
