@@ -247,12 +247,17 @@ def check(recipe: RecipeArgument, offline: Offline = False, as_json: Json = Fals
         report = forge.check(recipe, offline=offline)
         if as_json:
             errors, notes = _as_json(report.errors), _as_json(report.notes)
-            _print_json({"errors": errors, "notes": notes})
+            experts = report.plan.experts if report.plan else None
+            homes = dict(experts.considered) if experts else {}
+            _print_json({"errors": errors, "notes": notes, "architectures": homes})
         else:
             for finding in report.errors:
                 print(f"error: {finding}", file=sys.stderr)
             for finding in report.notes:
                 _note(finding)
+            if report.plan and report.plan.experts:
+                for name, why in report.plan.experts.considered:
+                    print(f"architecture {name}: {why}")
             if not report.errors:
                 print(f"{recipe}: fine; `moeforge plan {recipe}` says what would be made")
         raise typer.Exit(report.exit_code)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from moeforge import catalog, engine, families, gates, methods
+from moeforge.dense import hidden_size
 from moeforge.engine import Settings
 from moeforge.methods import REQUIRED, Method
 from moeforge.output.card import amount
@@ -62,6 +63,9 @@ def describe(plan: Plan, shard_size: int) -> dict[str, Any]:
             "experts": list(plan.experts.labels),
             "per_token": plan.experts.per_token,
             "gate_mode": plan.experts.gate_mode,
+            "layers": list(plan.experts.layers),
+            "shared": list(plan.experts.shared),
+            "considered": dict(plan.experts.considered),
         }
         # The base is run one layer at a time, in float32, beside the interpreter with transformers.
         if gates.load(plan.experts.gate_mode).needs_prompts:
@@ -76,7 +80,9 @@ TRANSFORMERS = 200_000_000
 def router_memory(plan: Plan) -> int:
     """Return the memory in bytes that running one layer of the base takes, prompts apart."""
     config = plan.config
-    hidden, wide = int(config["hidden_size"]), int(config["intermediate_size"])
+    hidden = hidden_size(config) or 0
+    wide = config.get("intermediate_size")
+    wide = wide if isinstance(wide, int) else 4 * hidden
     # Four attention projections and three of the MLP, plus the two H×H float64 moments of a fit.
     return engine.INTERPRETER + TRANSFORMERS + 4 * hidden * (4 * hidden + 3 * wide) + 32 * hidden**2
 
@@ -94,6 +100,12 @@ def plan_table(plan: Plan, described: dict[str, Any]) -> Table:
         table.add_row(
             "experts", f"{len(e.labels)}, {e.per_token} per token, gate mode {e.gate_mode}"
         )
+        if e.shared:
+            table.add_row("shared", ", ".join(e.shared))
+        if "num_hidden_layers" in plan.config and len(e.layers) < plan.config["num_hidden_layers"]:
+            table.add_row("in layers", ", ".join(map(str, e.layers)))
+        for name, why in e.considered:
+            table.add_row("architecture", f"{name}: {why}")
     table.add_row("parameters", parameters)
     table.add_row("reads", f"{_size(plan.bytes_read)} from {', '.join(plan.sources)}")
     copied = 100 * plan.bytes_copied / max(plan.nbytes, 1)

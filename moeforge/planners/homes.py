@@ -136,14 +136,14 @@ def choose(
     what = f"no MoE architecture holds this {kind} model exactly"
     if word != "auto":
         what = f"architecture {word} does not hold this {kind} model exactly"
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in against)
-    findings.error(f"{what}: {reasons}", _advice(word), path)
+    reasons = [f"{name}: {reason}" for name, reason in against]
+    findings.error(what, "\n    ".join((*reasons, _advice(word))), path)
     return None
 
 
 def _advice(word: str) -> str:
     if word == "auto":
-        return "Use another base; `moeforge list families` names the dense types that work."
+        return "Use another base; `moeforge show families` names the dense types that work."
     return "Write architecture: auto to take the most portable home that is exact."
 
 
