@@ -27,7 +27,37 @@ class Anatomy:
     embeddings: str = EMBEDDINGS
 
 
-ANATOMY: dict[str, Anatomy] = {}
+_GPT2 = Anatomy("transformer.h.", "mlp", "transformer.wte.weight")
+
+ANATOMY: dict[str, Anatomy] = {
+    "bamba": Anatomy(mlp="feed_forward"),
+    "biogpt": Anatomy("biogpt.layers.", "fc1", "biogpt.embed_tokens.weight"),
+    "bloom": Anatomy("transformer.h.", "mlp", "transformer.word_embeddings.weight"),
+    "codegen": _GPT2,
+    "cpmant": Anatomy("cpmant.encoder.layers.", "ffn.ffn", "cpmant.input_embedding.weight"),
+    "ctrl": Anatomy("transformer.h.", "ffn", "transformer.w.weight"),
+    "falcon": Anatomy("transformer.h.", "mlp", "transformer.word_embeddings.weight"),
+    "falcon_h1": Anatomy(mlp="feed_forward"),
+    "gpt-sw3": _GPT2,
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neo": _GPT2,
+    "gpt_neox": Anatomy("gpt_neox.layers.", "mlp", "gpt_neox.embed_in.weight"),
+    "gpt_neox_japanese": Anatomy(
+        "gpt_neox_japanese.layers.", "mlp", "gpt_neox_japanese.embed_in.weight"
+    ),
+    "gptj": _GPT2,
+    "granitemoehybrid": Anatomy(mlp="shared_mlp"),
+    "lfm2": Anatomy(mlp="feed_forward"),
+    "lfm3": Anatomy(mlp="feed_forward"),
+    "modernbert-decoder": Anatomy(embeddings="model.embeddings.tok_embeddings.weight"),
+    "mpt": Anatomy("transformer.blocks.", "ffn", "transformer.wte.weight"),
+    "openai-gpt": Anatomy("transformer.h.", "mlp", "transformer.tokens_embed.weight"),
+    "opt": Anatomy("model.decoder.layers.", "fc1", "model.decoder.embed_tokens.weight"),
+    "recurrent_gemma": Anatomy(mlp="mlp_block"),
+    "xglm": Anatomy(mlp="fc1"),
+    "xlstm": Anatomy("backbone.blocks.", "ffn", "backbone.embeddings.weight"),
+}
 """Dense types that are not laid out as llama is."""
 
 
