@@ -29,6 +29,7 @@ def exotic(dense: Config, mixture: Mixture) -> str:
 def config(dense: Config, mixture: Mixture) -> Config:
     """Write Mixtral's keys; windows stay as they are (llama has none)."""
     return {
+        "intermediate_size": mixture.width,
         "num_local_experts": mixture.experts,
         "num_experts_per_tok": mixture.per_token,
         "output_router_logits": False,
