@@ -22,6 +22,7 @@ LLAMA_LAYER = ("input_layernorm.weight", "post_attention_layernorm.weight", *_AT
 """What every layer of a llama-like model has besides its MLP, below `model.layers.{layer}.`."""
 QKV_BIASES = tuple(f"self_attn.{part}_proj.bias" for part in "qkv")
 QKVO_BIASES = (*QKV_BIASES, "self_attn.o_proj.bias")
+QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Accept:
             the base and for every expert.
         exotic: (completed dense config) -> what another engine would silently get wrong about the
             result, or ""; such a home is only taken when the recipe names it.
-        note: what should be known of the result, always.
+        note: what should be known of the result, always; or (completed dense config) -> it, or "".
     """
 
     rank: int = 0
@@ -91,7 +92,7 @@ class Accept:
     config: Callable[[Config], Config] = _as_it_is
     tensors: Callable[[Config, Tensors], Tensors] = _tensors_as_they_are
     exotic: Callable[[Config], str] = lambda config: ""
-    note: str = ""
+    note: str | Callable[[Config], str] = ""
 
 
 @dataclass(frozen=True)

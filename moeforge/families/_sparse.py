@@ -22,3 +22,25 @@ def leading_dense(dense: Config, mixture: Mixture) -> Config | str:
             f"{first}, which has them"
         )
     return {"first_k_dense_replace": first}
+
+
+def named_layers(dense: Config, mixture: Mixture) -> Config | str:
+    """Say it in a word for each layer."""
+    return {"mlp_layer_types": ["sparse" if sparse else "dense" for sparse in mixture.sparse]}
+
+
+def spaced_layers(dense: Config, mixture: Mixture) -> Config | str:
+    """Say it as Ernie does: from a first to a last layer, the n-th, the 2n-th, … have experts."""
+    layers = [layer for layer, sparse in enumerate(mixture.sparse) if sparse]
+    first, last = layers[0], layers[-1]
+    step = layers[1] - first if len(layers) > 1 else 1
+    if (first + 1) % step or layers != list(range(first, last + 1, step)):
+        return (
+            "layers with experts must be neighbours, or every n-th counted from one; here they are "
+            f"layers {', '.join(map(str, layers))}, counted from zero"
+        )
+    return {
+        "moe_layer_start_index": first,
+        "moe_layer_end_index": last,
+        "moe_layer_interval": step,
+    }

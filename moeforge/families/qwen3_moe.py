@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import LLAMA_LAYER, PARTS, QKVO_BIASES, Accept, Family, Mixture, each
+from moeforge.families import LLAMA_LAYER, QK_NORMS, QKVO_BIASES, Accept, Family, Mixture, each
 from moeforge.families._sparse import qwen_layers
+from moeforge.families._windows import windows
 
 _LAYER = "model.layers.{layer}"
-_QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
 def refuse(dense: Config, mixture: Mixture) -> str:
     """qwen3_moe slides in all layers or in none."""
-    if dense["use_sliding_window"]:
-        return "Qwen3-MoE cannot mix sliding and full attention (use_sliding_window is true)"
+    _, window = windows(dense)
+    if window:
+        return f"Qwen3-MoE cannot mix sliding and full attention (sliding_window is {window})"
     return ""
 
 
@@ -33,6 +34,7 @@ def config(dense: Config, mixture: Mixture) -> Config:
         "norm_topk_prob": True,
         "output_router_logits": False,
         "layer_types": None,
+        "use_sliding_window": False,
         "mlp_bias": None,
     }
 
@@ -46,8 +48,8 @@ FAMILY = Family(
     config=config,
     refuse=refuse,
     exotic=exotic,
-    layer=lambda config, layer: (*LLAMA_LAYER, *_QK_NORMS),
+    layer=lambda config, layer: (*LLAMA_LAYER, *QK_NORMS),
     optional=QKVO_BIASES,
-    dense_mlp=each(f"{_LAYER}.mlp", PARTS),
+    dense_mlp=each(f"{_LAYER}.mlp"),
     sparse=qwen_layers,
 )

@@ -1,0 +1,123 @@
+"""deepseek_v3: the home of dense models with latent attention, youtu and minicpm3.
+
+Its router scores by sigmoid. Rotary dimensions are made neighbours: others know no other way.
+"""
+
+from __future__ import annotations
+
+import re
+
+from moeforge.configs import Config
+from moeforge.families import EMBEDDINGS, HEAD, Accept, Family, Mixture, Tensors
+from moeforge.families import _deepseek as deepseek
+from moeforge.families._sparse import leading_dense
+from moeforge.families._transforms import affine, interleaved, renamed
+from moeforge.plans import PlannedTensor
+
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+_LATENT = ("kv_a_proj_with_mqa.weight", "kv_a_layernorm.weight", "kv_b_proj.weight")
+_LOW_RANK = ("q_a_proj.weight", "q_a_layernorm.weight", "q_b_proj.weight")
+_BIASES = tuple(f"self_attn.{part}.bias" for part in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"))
+_QUERY = re.compile(r"\.self_attn\.(q_proj|q_b_proj)\.weight$")
+_KEY = re.compile(r"\.self_attn\.kv_a_proj_with_mqa\.(weight|bias)$")
+_BRANCH_END = re.compile(r"\.(self_attn\.o_proj|mlp\.down_proj)\.(weight|bias)$")
+_ROUNDED = (
+    "scale_emb, scale_depth and dim_model_base are multiplied into the weights, which rounds once "
+    "in bfloat16 or float16; dtype: float32 keeps them exact"
+)
+
+
+def _rotated_in_neighbours(config: Config, tensors: Tensors) -> Tensors:
+    """Permute rotary rows unless they are neighbours already."""
+    if config.get("rope_interleave"):
+        return tensors
+    rotated = config["qk_rope_head_dim"]
+
+    def turned(name: str, tensor: PlannedTensor) -> PlannedTensor:
+        if _QUERY.search(name):
+            return interleaved(tensor, config["qk_nope_head_dim"] + rotated, rotated)
+        if _KEY.search(name):  # one key for all heads, below the latent
+            return interleaved(tensor, config["kv_lora_rank"] + rotated, rotated)
+        return tensor
+
+    return {name: turned(name, tensor) for name, tensor in tensors.items()}
+
+
+def _absorbed(config: Config, tensors: Tensors) -> Tensors:
+    """Multiply minicpm3's three scalars into the weights; its head no longer is its embeddings.
+
+    Source: MiniCPM3DecoderLayer and MiniCPM3ForCausalLM of transformers.
+    """
+    depth = config["num_hidden_layers"]
+    branch = (config["scale_depth"] or depth**0.5) / depth**0.5
+    logits = (config["dim_model_base"] or config["hidden_size"]) / config["hidden_size"]
+    result = {
+        name: affine(tensor, branch) if _BRANCH_END.search(name) else tensor
+        for name, tensor in _rotated_in_neighbours(config, tensors).items()
+    }
+    head = tensors.get(HEAD, tensors[EMBEDDINGS])
+    result[EMBEDDINGS] = affine(tensors[EMBEDDINGS], config["scale_emb"])
+    result[HEAD] = affine(renamed(head, HEAD), logits)
+    return result
+
+
+def _words(config: Config) -> Config:
+    """Write out the sizes of heads; readers of transformers 4 take `head_dim` as it stands."""
+    values = config.get("v_head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return {**config, "head_dim": config["qk_rope_head_dim"], "v_head_dim": values}
+
+
+def refuse(dense: Config, mixture: Mixture) -> str:
+    """No bias in the experts; the router needs two experts."""
+    if dense["mlp_bias"]:
+        return "DeepSeek-V3's experts have no biases, this model's MLPs have (mlp_bias is true)"
+    return deepseek.too_few(mixture)
+
+
+def exotic(dense: Config, mixture: Mixture) -> str:
+    """Other engines do not look at the activation."""
+    if dense["hidden_act"] != "silu":
+        return f"other engines compute DeepSeek-V3 with SiLU, this model has {dense['hidden_act']}"
+    return ""
+
+
+def config(dense: Config, mixture: Mixture) -> Config:
+    """Write DeepSeek-V3's keys."""
+    return {
+        **deepseek.block(mixture),
+        "rope_interleave": True,
+        "qk_head_dim": None,
+        "embedding_initializer_range": None,
+        "mlp_bias": None,
+        "scale_emb": None,
+        "scale_depth": None,
+        "dim_model_base": None,
+    }
+
+
+def _layer(config: Config, layer: int) -> tuple[str, ...]:
+    query = ("q_proj.weight",) if config["q_lora_rank"] is None else _LOW_RANK
+    attention = (*query, *_LATENT, "o_proj.weight")
+    return (*_NORMS, *(f"self_attn.{name}" for name in attention))
+
+
+FAMILY = Family(
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    accepts={
+        "youtu": Accept(config=_words, tensors=_rotated_in_neighbours),
+        "minicpm3": Accept(config=_words, tensors=_absorbed, note=_ROUNDED),
+    },
+    router=deepseek.ROUTER,
+    experts=deepseek.EXPERTS,
+    config=config,
+    refuse=refuse,
+    exotic=exotic,
+    layer=_layer,
+    optional=_BIASES,
+    sparse_fills=deepseek.FILLS,
+    dense_mlp=deepseek.DENSE_MLP,
+    sparse=leading_dense,
+    shared=deepseek.SHARED,
+    score="sigmoid",
+)
