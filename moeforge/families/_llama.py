@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from moeforge.configs import Config
 from moeforge.families import Tensors
-from moeforge.families._transforms import half_split, split
+from moeforge.families._transforms import half_split, renamed, split
 from moeforge.plans import PlannedTensor
 
 _ROTATED = re.compile(r"\.self_attn\.[qk]_proj\.(weight|bias)$")
@@ -53,3 +53,13 @@ def rotated_in_halves(
         return {name: turned(name, tensor) for name, tensor in tensors.items()}
 
     return transform
+
+
+def squared_relu_as_gated(config: Config, tensors: Tensors) -> Tensors:
+    """Write MLPs of relu(z)² as gated ones with relu, for relu(z)² = relu(z)·z: both are `up`."""
+    result = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(".mlp.up_proj.weight"):
+            gate = name.replace(".up_proj.", ".gate_proj.")
+            result[gate] = renamed(tensor, gate)
+    return result
