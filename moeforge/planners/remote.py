@@ -8,7 +8,7 @@ from moeforge.configs import Config, portable
 from moeforge.dense import anatomy, hidden_size
 from moeforge.errors import Path
 from moeforge.families import Mixture, _remote
-from moeforge.planners.model import Findings, listing
+from moeforge.planners.model import Findings
 from moeforge.planners.parts import Parts
 from moeforge.planners.remote_mlps import Mlps
 from moeforge.plans import ROUTERS, Plan, PlannedTensor, Read
