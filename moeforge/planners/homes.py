@@ -48,12 +48,14 @@ def objection(family: Family, config: Config, mixture: Mixture) -> str:
     kind = str(config.get("model_type"))
     if kind not in family.accepts:
         return f"it holds {', '.join(sorted(family.accepts))}; this is a {kind} model"
-    sizes = ("hidden_size", "num_attention_heads", "intermediate_size")
+    sizes = ("hidden_size", "num_attention_heads")
     if absent := [key for key in sizes if not isinstance(config.get(key), int)]:
         return f"config.json does not say {', '.join(absent)}"
     if reason := accept(family, config).refuse(complete(config)):
         return reason
     dense = in_words_of(family, config)
+    if not isinstance(dense.get("intermediate_size"), int):
+        return "config.json does not say intermediate_size"
     return (
         family.refuse(dense, mixture)
         or _layers_objection(family, dense, mixture)
@@ -83,6 +85,11 @@ def _exotic(family: Family, config: Config, mixture: Mixture) -> str:
     return accept(family, config).exotic(complete(config)) or family.exotic(
         in_words_of(family, config), mixture
     )
+
+
+def _note(family: Family, config: Config) -> str:
+    note = accept(family, config).note
+    return note if isinstance(note, str) else note(complete(config))
 
 
 def _named(word: str, config: Config) -> tuple[list[Family], bool]:
@@ -123,7 +130,7 @@ def choose(
             why = "the most portable exact home" if word == "auto" else "the recipe names it"
             taken = (family.model_type, f"taken: {why}")
             rest = _others(named[number + 1 :], config, mixture, code=word == "auto")
-            notes = (accept(family, config).note, exotic)
+            notes = (_note(family, config), exotic)
             return Home(family, (*against, taken, *rest), tuple(filter(None, notes)))
         against.append((family.model_type, reason))
     if code:
