@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from tiny import LAYERS, WIDE
-from zoo import ENDS, ZOO
 from transformers import AutoModelForCausalLM
+from zoo import ENDS, ZOO
 
 import moeforge
 from moeforge import catalog, families

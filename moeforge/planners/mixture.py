@@ -177,7 +177,7 @@ class Assembly:
 
     def _layer(self, index: int) -> Iterator[PlannedTensor]:
         family, prefix = self.family, f"model.layers.{index}."
-        names = (*family.layer(self.config, index), *family.optional)
+        names = dict.fromkeys((*family.layer(self.config, index), *family.optional))
         made = [self._renamed(self.base[prefix + n]) for n in names if prefix + n in self.base]
         yield from made
         taken = {tensor.name for tensor in made}

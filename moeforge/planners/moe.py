@@ -12,7 +12,7 @@ from moeforge.families import Family, Mixture
 from moeforge.planners import remote
 from moeforge.planners.fit import fits
 from moeforge.planners.homes import Home, choose, in_words_of
-from moeforge.planners.mixture import Assembly, Views, check_base, check_expert
+from moeforge.planners.mixture import DOWN, Assembly, Views, check_base, check_expert
 from moeforge.planners.model import Findings, Model
 from moeforge.planners.parts import ExpertParts, Parts
 from moeforge.plans import Plan
@@ -84,7 +84,10 @@ def _plan_native(
             findings.error(what, "Use fine-tunes of the base.", expert.path)
     if len(findings) > before:
         return None
-    dense, mixture = in_words_of(family, parts.base.config), parts.mixture
+    dense = in_words_of(family, parts.base.config)
+    mixture = replace(parts.mixture, width=_real_width(parts, views, layers, findings))
+    if len(findings) > before:
+        return None
     if family.shared:
         step = family.shared.step(dense, mixture)
         if mixture.shared:
@@ -92,6 +95,32 @@ def _plan_native(
         elif family.shared.needed:
             mixture = replace(mixture, shared=family.shared.zero_width(dense, mixture))
     return Assembly(replace(parts, mixture=mixture), family, views).plan(home, notes)
+
+
+def _real_width(parts: Parts, views: Views, layers: list[int], findings: Findings) -> int:
+    """Return the width that all experts get, from the tensors: configs do not tell it everywhere.
+
+    MLPs of a base whose layers are of unequal width are all filled up; an expert's that is not as
+    wide as the base's of the same layer is reported, unless zeros may be added.
+    """
+
+    def width(model: Model, layer: int) -> int | None:
+        down = views(model).get(f"model.layers.{layer}.mlp.{DOWN}")
+        return down.spec.shape[1] if down else None
+
+    own = {layer: width(parts.base, layer) for layer in layers}
+    widest = max((w for w in own.values() if w is not None), default=0)
+    for expert in parts.experts:
+        widths = {layer: width(expert.models[layer], layer) or 0 for layer in layers}
+        widest = max(widest, *widths.values())
+        wrong = [layer for layer in layers if own[layer] not in (None, widths[layer])]
+        said = any(finding.path == expert.path for finding in findings)
+        if wrong and not said and not parts.recipe.pad_experts:
+            first = wrong[0]
+            what = f"MLP {first} of {expert.label} is {widths[first]} wide, the base's {own[first]}"
+            fix = "Use fine-tunes of the base, or pad_experts: true to fill up with zeros."
+            findings.error(what, fix, expert.path)
+    return widest
 
 
 def _has_sizes(base: Model, findings: Findings, path: Path) -> bool:

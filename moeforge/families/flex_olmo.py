@@ -1,0 +1,49 @@
+"""flex_olmo: the home of olmo2 models, norms after attention and experts included.
+
+Like the MLP of olmo2, its router sees the residual stream without a norm before it.
+"""
+
+from __future__ import annotations
+
+from moeforge.configs import Config
+from moeforge.families import QKVO_BIASES, Accept, Family, Mixture, each
+
+_LAYER = "model.layers.{layer}"
+_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+_ATTENTION = (
+    *(f"self_attn.{part}_proj.weight" for part in "qkvo"),
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+)
+
+
+def exotic(dense: Config, mixture: Mixture) -> str:
+    """Other engines do not look at the activation."""
+    if dense["hidden_act"] != "silu":
+        return f"other engines compute FlexOlmo with SiLU, this model has {dense['hidden_act']}"
+    return ""
+
+
+def config(dense: Config, mixture: Mixture) -> Config:
+    """Write FlexOlmo's keys; the width of the experts is `intermediate_size`."""
+    return {
+        "num_experts": mixture.experts,
+        "num_experts_per_tok": mixture.per_token,
+        "intermediate_size": mixture.width,
+        "norm_topk_prob": True,
+        "output_router_logits": False,
+        "mlp_bias": None,
+    }
+
+
+FAMILY = Family(
+    model_type="flex_olmo",
+    architecture="FlexOlmoForCausalLM",
+    accepts={"olmo2": Accept()},
+    router=f"{_LAYER}.mlp.gate.weight",
+    experts=each(f"{_LAYER}.mlp.experts.{{expert}}"),
+    config=config,
+    exotic=exotic,
+    layer=lambda config, layer: (*_ATTENTION, *_NORMS),
+    optional=QKVO_BIASES,
+)
