@@ -31,3 +31,14 @@ def phi3_rope(config: Config) -> Config:
         first = config["original_max_position_embeddings"]
         parameters |= {"rope_type": "longrope", "original_max_position_embeddings": first}
     return {**config, "rope_parameters": parameters, "rope_scaling": None}
+
+
+def phi3_note(config: Config) -> str:
+    """Say what differs from phi3 in a text that grows while it is generated."""
+    if phi3_rope(config)["rope_parameters"]["rope_type"] == "default":
+        return ""
+    first = config["original_max_position_embeddings"]
+    return (
+        f"rotary factors change at {first} tokens (longrope): Phi3 then computes its cache anew, "
+        "a mixture keeps it; a text that grows past this length is to be generated without a cache"
+    )

@@ -8,23 +8,21 @@ from __future__ import annotations
 import re
 
 from moeforge.configs import Config
-from moeforge.families import EMBEDDINGS, HEAD, Accept, Family, Mixture, Tensors
+from moeforge.dense import EMBEDDINGS, HEAD
+from moeforge.families import Accept, Family, Mixture, Tensors
 from moeforge.families import _deepseek as deepseek
+from moeforge.families._absorb import ROUNDING, absorbed, own_head
 from moeforge.families._sparse import leading_dense
-from moeforge.families._transforms import affine, interleaved, renamed
+from moeforge.families._transforms import interleaved
 from moeforge.plans import PlannedTensor
 
+_NOTE = f"scale_emb, scale_depth and dim_model_base are part of the weights; {ROUNDING}"
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _LATENT = ("kv_a_proj_with_mqa.weight", "kv_a_layernorm.weight", "kv_b_proj.weight")
 _LOW_RANK = ("q_a_proj.weight", "q_a_layernorm.weight", "q_b_proj.weight")
 _BIASES = tuple(f"self_attn.{part}.bias" for part in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"))
 _QUERY = re.compile(r"\.self_attn\.(q_proj|q_b_proj)\.weight$")
 _KEY = re.compile(r"\.self_attn\.kv_a_proj_with_mqa\.(weight|bias)$")
-_BRANCH_END = re.compile(r"\.(self_attn\.o_proj|mlp\.down_proj)\.(weight|bias)$")
-_ROUNDED = (
-    "scale_emb, scale_depth and dim_model_base are multiplied into the weights, which rounds once "
-    "in bfloat16 or float16; dtype: float32 keeps them exact"
-)
 
 
 def _rotated_in_neighbours(config: Config, tensors: Tensors) -> Tensors:
@@ -43,22 +41,21 @@ def _rotated_in_neighbours(config: Config, tensors: Tensors) -> Tensors:
     return {name: turned(name, tensor) for name, tensor in tensors.items()}
 
 
-def _absorbed(config: Config, tensors: Tensors) -> Tensors:
+def _minicpm3(config: Config, tensors: Tensors) -> Tensors:
     """Multiply minicpm3's three scalars into the weights; its head no longer is its embeddings.
 
     Source: MiniCPM3DecoderLayer and MiniCPM3ForCausalLM of transformers.
     """
     depth = config["num_hidden_layers"]
     branch = (config["scale_depth"] or depth**0.5) / depth**0.5
-    logits = (config["dim_model_base"] or config["hidden_size"]) / config["hidden_size"]
-    result = {
-        name: affine(tensor, branch) if _BRANCH_END.search(name) else tensor
-        for name, tensor in _rotated_in_neighbours(config, tensors).items()
+    factors = {
+        EMBEDDINGS: float(config["scale_emb"]),
+        HEAD: (config["dim_model_base"] or config["hidden_size"]) / config["hidden_size"],
+        ".self_attn.o_proj.weight": branch,
+        ".self_attn.o_proj.bias": branch,
+        ".mlp.down_proj.weight": branch,
     }
-    head = tensors.get(HEAD, tensors[EMBEDDINGS])
-    result[EMBEDDINGS] = affine(tensors[EMBEDDINGS], config["scale_emb"])
-    result[HEAD] = affine(renamed(head, HEAD), logits)
-    return result
+    return _rotated_in_neighbours(config, absorbed(own_head(tensors), factors))
 
 
 def _words(config: Config) -> Config:
@@ -106,7 +103,7 @@ FAMILY = Family(
     architecture="DeepseekV3ForCausalLM",
     accepts={
         "youtu": Accept(config=_words, tensors=_rotated_in_neighbours),
-        "minicpm3": Accept(config=_words, tensors=_absorbed, note=_ROUNDED),
+        "minicpm3": Accept(config=_words, tensors=_minicpm3, note=_NOTE),
     },
     router=deepseek.ROUTER,
     experts=deepseek.EXPERTS,

@@ -9,14 +9,9 @@ from moeforge.configs import Config
 from moeforge.families import QKV_BIASES, Accept, Family, Mixture, Tensors, llama_layer
 from moeforge.families import _deepseek as deepseek
 from moeforge.families._llama import rotated_in_halves, unfused
-from moeforge.families._rope import phi3_rope, rotated, whole
+from moeforge.families._rope import phi3_note, phi3_rope, rotated, whole
 from moeforge.families._sparse import leading_dense
 from moeforge.families._windows import windows
-
-_LONG = (
-    "where the model has two sets of rotary factors (longrope), phi3 itself starts anew when a "
-    "text grows past its first context; here what was read before keeps the short factors"
-)
 
 
 def _glm(config: Config, tensors: Tensors) -> Tensors:
@@ -75,7 +70,7 @@ FAMILY = Family(
     architecture="Glm4MoeForCausalLM",
     accepts={
         "glm": Accept(tensors=_glm),
-        "phi3": Accept(1, config=phi3_rope, tensors=unfused, note=_LONG),
+        "phi3": Accept(1, config=phi3_rope, tensors=unfused, note=phi3_note),
         "llama": Accept(8, refuse=_no_bias, config=whole),
         "mistral": Accept(8, config=whole),
         "qwen2": Accept(8, config=_with_biases),

@@ -11,7 +11,7 @@ from moeforge.dense import EMBEDDINGS, HEAD
 from moeforge.families import Accept, Family, Mixture, Tensors, _gemma
 from moeforge.families._absorb import ROUNDING, absorbed, one_plus_norms, own_head
 from moeforge.families._llama import rotated_in_halves, squared_relu_as_gated, unfused
-from moeforge.families._rope import phi3_rope, rotated
+from moeforge.families._rope import phi3_note, phi3_rope, rotated
 
 _EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}"
 
@@ -70,16 +70,6 @@ def _phi3(dense: Config) -> Config:
     return result
 
 
-def _phi3_note(dense: Config) -> str:
-    if _phi3(dense)["rope_parameters"]["rope_type"] == "default":
-        return ""
-    first = dense["original_max_position_embeddings"]
-    return (
-        f"rotary factors change at {first} tokens (longrope): Phi3 then computes its cache anew, "
-        "Mixtral keeps it; a text that grows past this length is to be generated without a cache"
-    )
-
-
 def _ministral3(dense: Config) -> Config:
     mine = ("llama_4_scaling_beta", "max_position_embeddings")
     parameters = {key: value for key, value in (rope(dense) or {}).items() if key not in mine}
@@ -134,7 +124,7 @@ def _arcee_refuse(dense: Config) -> str:
 _ACCEPTS = {
     "llama": Accept(),
     "mistral": Accept(),
-    "phi3": Accept(config=_phi3, tensors=unfused, note=_phi3_note),
+    "phi3": Accept(config=_phi3, tensors=unfused, note=phi3_note),
     "helium": Accept(tensors=rotated_in_halves()),
     "ministral3": Accept(refuse=_ministral3_refuse, config=_ministral3, note=_ministral3_note),
     "ernie4_5": Accept(1, config=_ernie, tensors=rotated_in_halves()),
