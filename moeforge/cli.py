@@ -239,12 +239,20 @@ def _show_result(result: Result, *, verbose: bool) -> None:
 
 
 @app.command()
-def check(recipe: RecipeArgument, offline: Offline = False, as_json: Json = False) -> None:
+def check(
+    recipe: RecipeArgument,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Engine to read the output: transformers4, vllm, llama.cpp or mlx."),
+    ] = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
     """Say what stands against building a recipe; reads no weights and writes nothing."""
     with _reporting(as_json=as_json):
         from moeforge import forge
 
-        report = forge.check(recipe, offline=offline)
+        report = forge.check(recipe, target=target, offline=offline)
         if as_json:
             errors, notes = _as_json(report.errors), _as_json(report.notes)
             experts = report.plan.experts if report.plan else None

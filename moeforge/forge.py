@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeforge import engine
+from moeforge import engine, targets
 from moeforge.engine import Settings
-from moeforge.errors import BuildError, Finding, MoeforgeError
+from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
 from moeforge.output import card, folder
 from moeforge.output.layout import DEFAULT_SHARD_SIZE, index, lay_out
 from moeforge.plans import ROUTERS, Plan
@@ -69,18 +69,24 @@ def plan(recipe: RecipeLike, *, offline: bool = False) -> Plan:
     return prepare(recipe, offline=offline).plan
 
 
-def check(recipe: RecipeLike, *, offline: bool = False) -> Report:
+def check(recipe: RecipeLike, *, target: str | None = None, offline: bool = False) -> Report:
     """Say what stands against building a recipe, without raising.
 
     Args:
         recipe: path of a YAML file, or the same as a dict.
+        target: another engine, one of `targets.TARGETS`, that is to read the output.
         offline: use only what is in the local Hub cache.
     """
     try:
+        if target:
+            targets.named(target)
         prepared = prepare(recipe, offline=offline)
     except MoeforgeError as error:
         return Report(error.findings, (), None, error.exit_code)
-    return Report((), prepared.notes(), prepared.plan, 0)
+    plan = prepared.plan
+    errors, notes = targets.report(plan, target) if target else ((), ())
+    code = PlanError.exit_code if errors else 0
+    return Report(errors, (*prepared.notes(), *notes), plan, code)
 
 
 def build(

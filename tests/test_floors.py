@@ -14,9 +14,9 @@ ROOT = Path(moeforge.__file__).parent
 FLOORS = [
     {"errors", "version"},
     {"tensors", "catalog", "configs", "dense", "vocabulary"},
-    {"recipe", "plans", "sources", "forward"},
+    {"recipe", "plans", "sources", "forward", "routing"},
     {"methods", "families", "gates"},
-    {"planners", "engine", "output", "proof"},
+    {"planners", "engine", "output", "proof", "targets"},
     {"prepare", "routers", "evaluate", "tables", "forge"},
     {"cli", "__main__"},
 ]
