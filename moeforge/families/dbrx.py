@@ -66,7 +66,7 @@ def tensors(dense: Config, own: Tensors) -> Tensors:
 def config(dense: Config, mixture: Mixture) -> Config:
     """Write DBRX's keys, most of them in two groups."""
     clip = dense.get("clip_qkv")
-    rope = dense.get("rope_parameters") or {}
+    rope = dense.get("rope_parameters") or dense
     return {
         **dict.fromkeys(_LLAMAS.split()),
         "d_model": dense["hidden_size"],
@@ -77,7 +77,7 @@ def config(dense: Config, mixture: Mixture) -> Config:
         "attn_config": {
             "clip_qkv": _NO_CLIP if clip is None else float(clip),
             "kv_n_heads": dense["num_key_value_heads"],
-            "rope_theta": float(rope.get("rope_theta", dense["rope_theta"])),
+            "rope_theta": float(rope["rope_theta"]),
         },
         "ffn_config": {
             "ffn_act_fn": {"name": dense["hidden_act"]},

@@ -177,8 +177,8 @@ class Assembly:
 
     def _layer(self, index: int) -> Iterator[PlannedTensor]:
         family, prefix = self.family, f"model.layers.{index}."
-        names = dict.fromkeys((*family.layer(self.config, index), *family.optional))
-        made = [self._renamed(self.base[prefix + n]) for n in names if prefix + n in self.base]
+        places = dict.fromkeys((*family.layer(self.config, index), *family.optional))
+        made = [self._renamed(self.base[prefix + n]) for n in places if prefix + n in self.base]
         yield from made
         taken = {tensor.name for tensor in made}
         yield from self._fills(family.fills, index, taken)
