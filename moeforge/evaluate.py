@@ -86,12 +86,5 @@ def evaluate_result(
     progress("held-out text", len(models), len(models))
     if not plan.experts:
         return report
-    weights = Weights(
-        Model("", plan.config, {t.name: t for t in plan.tensors}, plan.donor, plan.sources)
-    )
-    routers = [weights.read(name) for name in plan.experts.routers]
-    shares = {
-        domain: routing(result[0], routers, plan.experts.per_token, ids)
-        for domain, ids in windows.items()
-    }
+    shares = {domain: routing(result[0], ids) for domain, ids in windows.items()}
     return replace(report, experts=plan.experts.labels, routing=shares)

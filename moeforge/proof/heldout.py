@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,38 +119,27 @@ def load_output(folder: Path) -> nn.Module:
     return loaded
 
 
-def routing(
-    model: nn.Module, routers: Sequence[Tensor], per_token: int, ids_WT: Tensor
-) -> tuple[float, ...]:
+def routing(model: nn.Module, ids_WT: Tensor) -> tuple[float, ...]:
     """Return the share of router weight of each expert, averaged over tokens and layers.
 
     Args:
         model: a mixture of experts in transformers.
-        routers: router weight [experts, hidden] of each layer; scores are softmax over the
-            `per_token` largest logits.
-        per_token: experts per token.
         ids_WT: windows of token ids; a leading BOS counts like any token.
     """
     import torch
 
-    shares = torch.zeros(len(routers[0]), dtype=torch.float64)
+    from moeforge.routing import recording, routers
 
-    def watch(weight: Tensor) -> Callable[[Any, Any], None]:
-        def hook(module: Any, inputs: Any) -> None:
-            logits = inputs[0].float().flatten(0, 1) @ weight.float().T
-            values, chosen = logits.topk(per_token)
-            shares.index_add_(0, chosen.flatten(), values.softmax(-1).flatten().double())
-
-        return hook
-
-    hooks = []
-    for layer, weight in zip(model.base_model.layers, routers, strict=True):  # type: ignore[union-attr, arg-type]
-        block = getattr(layer, "block_sparse_moe", None) or layer.mlp
-        hooks.append(block.register_forward_pre_hook(watch(weight)))
-    loss(model, ids_WT)
-    for hook in hooks:
-        hook.remove()
-    return tuple((shares / shares.sum()).tolist())
+    found = routers(model)
+    total = torch.zeros(found[0].weight.shape[0], dtype=torch.float64)
+    with torch.no_grad():
+        for batch in ids_WT.split(_BATCH):  # type: ignore[no-untyped-call]
+            with recording(found) as seen:
+                model(input_ids=batch, use_cache=False)
+            for router in found:
+                for logits in seen[router.layer]:
+                    total += router.shares(logits).sum(0).double()
+    return tuple((total / total.sum()).tolist())
 
 
 def measure(
