@@ -10,6 +10,15 @@ from moeforge.plans import ROUTERS, Merge, Plan, walk
 from moeforge.sources import Source
 from moeforge.version import __version__
 
+_CODE = (
+    "`trust_remote_code=True` runs {names} of this repository on your machine, with your rights. "
+    "The mixture brings an architecture of its own: the classes of its family with a router and "
+    "experts in place of MLPs. Read the file before you load the model, "
+    "and give a commit as `revision=` when you load it from the Hub, so that what runs is what you "
+    "read. Without the flag transformers refuses to load it; engines other than transformers do "
+    "not know it."
+)
+
 
 @dataclass(frozen=True)
 class Card:
@@ -123,13 +132,15 @@ def render(plan: Plan, card: Card) -> str:
     ]
     if card.tables:
         parts += ["## Measured on held-out text", *card.tables]
+    trust = ", trust_remote_code=True" if plan.code else ""
     parts += [
         "## How to load",
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{card.name}", dtype="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{card.name}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{card.name}", dtype="auto"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{card.name}"{trust})\n'
         "```",
+        *([_CODE.format(names=" and ".join(f"`{name}`" for name in plan.code))] if trust else []),
         "## Recipe",
         f"Made with moeforge {__version__} (`moeforge build moeforge.yml`).",
         f"```yaml\n{card.recipe.rstrip()}\n```",

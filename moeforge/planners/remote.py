@@ -16,7 +16,7 @@ from moeforge.recipe import REMOTE
 from moeforge.tensors import DType, TensorSpec
 
 WHY = "no MoE architecture of transformers is exact, so the model brings code of its own"
-_TRUST = (
+TRUST = (
     f"the output comes with program text of its own, {_remote.FILE}: transformers loads it with "
     "trust_remote_code=True only, and other engines do not know it"
 )
@@ -59,7 +59,7 @@ def plan(parts: Parts, findings: Findings, notes: Findings, path: Path) -> Plan 
     mlps = Mlps(parts, findings, path)
     if len(findings) > before:
         return None
-    notes.error(_TRUST, path=(*path, "architecture"))
+    notes.error(TRUST, path=(*path, "architecture"))
     return _assemble(parts, mlps, notes)
 
 
