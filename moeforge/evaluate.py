@@ -73,7 +73,7 @@ def evaluate_result(
     result: list[nn.Module] = []
 
     def load_result() -> nn.Module:
-        result.append(load_output(work))
+        result.append(load_output(work, code=bool(plan.code)))
         return result[0]
 
     models = {label: _loader(model) for label, model in _parts(planner, recipe, plan).items()}

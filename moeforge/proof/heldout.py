@@ -99,8 +99,12 @@ def loss(model: nn.Module, ids_WT: Tensor) -> float:
     return total / ids_WT[:, 1:].numel()
 
 
-def load_output(folder: Path) -> nn.Module:
+def load_output(folder: Path, *, code: bool = False) -> nn.Module:
     """Load a finished model as a user would, in float32.
+
+    Args:
+        folder: where it is.
+        code: run the program text that its config names; for what the same build has written.
 
     Raises:
         BuildError: a tensor is missing, unexpected, or of another shape.
@@ -110,7 +114,7 @@ def load_output(folder: Path) -> nn.Module:
 
     with quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, output_loading_info=True
+            str(folder), dtype=torch.float32, output_loading_info=True, trust_remote_code=code
         )
     wrong = {kind: names for kind, names in info.items() if names}
     if wrong:
