@@ -140,6 +140,17 @@ DEFAULTS: dict[str, Config] = {
         "num_key_value_heads": 8,
         "head_dim": 128,
         "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale_all_dim": 1.0,
+            "mscale": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
     },
     "seed_oss": {
         "pad_token_id": 1,
@@ -234,8 +245,17 @@ DEFAULTS: dict[str, Config] = {
         "head_dim": 128,
         "bos_token_id": 128000,
         "eos_token_id": [128001, 128008, 128009],
+        "rms_norm_eps": 1e-5,
         "sliding_window": 8192,
         "rope_theta": 1000000.0,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
     },
     "glm": {
         "rms_norm_eps": 1.5625e-07,
@@ -311,7 +331,11 @@ _COMMON: Config = {
 
 def complete(config: Config) -> Config:
     """Return `config` with the defaults of its dense type written out."""
-    full = {**_COMMON, **DEFAULTS.get(str(config.get("model_type")), {}), **config}
+    own = DEFAULTS.get(str(config.get("model_type")), {})
+    full = {**_COMMON, **own, **config}
+    if "rope_parameters" in own and not config.get("rope_parameters"):
+        # `rope_scaling` is the older name of the same.
+        full["rope_parameters"] = None if config.get("rope_scaling") else own["rope_parameters"]
     heads = full["num_attention_heads"]
     full["num_key_value_heads"] = full.get("num_key_value_heads") or heads
     full["head_dim"] = full.get("head_dim") or full["hidden_size"] // heads

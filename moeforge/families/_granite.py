@@ -62,13 +62,18 @@ def refuse(dense: Config, mixture: Mixture) -> str:
     return ""
 
 
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation; vLLM drops attention biases."""
+def activation(dense: Config, mixture: Mixture) -> str:
+    """Other engines do not look at the activation."""
     if dense["hidden_act"] != "silu":
         return f"other engines compute it with SiLU, this model has {dense['hidden_act']}"
-    if dense["attention_bias"]:
-        return "vLLM leaves the attention biases of this architecture out without a word"
     return ""
+
+
+def exotic(dense: Config, mixture: Mixture) -> str:
+    """Other engines do not look at the activation, and vLLM not at attention biases."""
+    if dense["attention_bias"] and not activation(dense, mixture):
+        return "vLLM leaves the attention biases of this architecture out without a word"
+    return activation(dense, mixture)
 
 
 def _bias(heads: str) -> Shape:

@@ -70,7 +70,7 @@ FAMILY = Family(
     },
     config=config,
     refuse=_granite.refuse,
-    exotic=_granite.exotic,
+    exotic=_granite.activation,
     layer=layer,
     optional=(*QKVO_BIASES, _SINKS),
     fills={**_granite.BIASES, f"{_granite.LAYER}.{_SINKS}": Fill(_sinks, _NO_SINK)},

@@ -69,11 +69,6 @@ def config(dense: Config, mixture: Mixture) -> Config:
     return {**_granite.config(dense, mixture), **shared, "layers_block_type": None}
 
 
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation of experts; they know the biases."""
-    return _granite.exotic({**dense, "attention_bias": False}, mixture)
-
-
 FAMILY = Family(
     model_type="granitemoehybrid",
     architecture="GraniteMoeHybridForCausalLM",
@@ -81,7 +76,7 @@ FAMILY = Family(
     router=_granite.ROUTER,
     experts=_granite.EXPERTS,
     config=config,
-    exotic=exotic,
+    exotic=_granite.activation,
     layer=layer,
     optional=(*QKVO_BIASES, *_MAMBA_BIASES),
     shared=replace(
