@@ -20,7 +20,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        # transformers would ask on the terminal whether to run code that lies beside it.
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a broken or missing tokenizer
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = f"the tokenizer in {folder} cannot be loaded: {reason}"
