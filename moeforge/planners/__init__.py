@@ -149,7 +149,8 @@ class Planner:
     def _opened(self, entry: Reference, path: Path) -> Model | None:
         def read(reference: Any) -> Model:
             model = from_source(self.open_source(reference))
-            if model.tied and model.config.get("tie_word_embeddings") is False:
+            has_head = any(name.endswith("head.weight") for name in model.tensors)
+            if model.tied and not has_head and model.config.get("tie_word_embeddings") is False:
                 what = f"{entry} lacks {HEAD}, and its config.json says that it has its own head"
                 raise SourceError(Finding(what, "Download or export it again."))
             return model
