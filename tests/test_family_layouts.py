@@ -167,6 +167,70 @@ def test_keys_of_the_config_matter(family, dense, variant, wrong, models, tmp_pa
     assert (logits(load_output(tmp_path / "out")) - expected).abs().max() > 1e-2
 
 
+# --- limits --------------------------------------------------------------------------------------
+
+
+def said_of(family, base):
+    plan = moeforge.plan(recipe(family, base, [part(base)] * 2))
+    return "\n".join(note.what for note in plan.notes)
+
+
+def test_ministral3_is_exact_up_to_its_first_context_and_says_so(models, tmp_path):
+    scaled = {
+        "rope_type": "yarn",
+        "rope_theta": 1e5,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "llama_4_scaling_beta": 0.5,
+    }
+    (base,) = folders(models, "ministral3", {"rope_parameters": scaled}, 1)
+    assert "exact for the first 32 tokens" in said_of("mixtral", base)
+    moeforge.build(recipe("mixtral", base, [part(base)] * 2), tmp_path / "out")
+    off = (logits(load_output(tmp_path / "out")) - logits(dense_model(base))).abs()
+    assert off[:, :32].max() < 1e-4
+    assert off[:, 32:].max() > 1e-2
+    (base,) = folders(
+        models, "ministral3", {"rope_parameters": {**scaled, "llama_4_scaling_beta": 0.0}}, 1
+    )
+    assert "exact for" not in said_of("mixtral", base)
+
+
+@pytest.mark.parametrize(
+    ("family", "dense", "variant", "said"),
+    [
+        ("granitemoe", "llama", {"head_dim": 32}, "head_dim is 32, hidden_size / num_attention"),
+        ("granitemoe", "gemma", {}, "1 is added to the weights of all norms; in bfloat16"),
+        ("mixtral", "granite", MULTIPLIERS, "the multipliers of Granite are part of its weights"),
+        ("mixtral", "arcee", {}, "half as large again"),
+        ("mixtral", "gemma", {}, "other engines compute Mixtral with SiLU"),
+        ("granitemoe", "llama", {"attention_bias": True}, "vLLM leaves the attention biases"),
+    ],
+    ids=case_id,
+)
+def test_what_should_be_known_of_a_home_is_said(family, dense, variant, said, models):
+    (base,) = folders(models, dense, variant, 1)
+    assert said in said_of(family, base)
+
+
+@pytest.mark.parametrize(
+    ("dense", "variant", "home"),
+    [
+        ("granite", MULTIPLIERS, "granitemoe"),
+        ("granite", {"attention_bias": True}, "remote"),
+        ("gemma", {}, "remote"),
+        ("arcee", {}, "remote"),
+        ("smollm3", {}, "remote"),
+        ("granite_swa", {"attention_bias": True}, "granitemoe_swa"),
+        ("hyperclovax", {"use_post_norm": False}, "granitemoe"),
+        ("seed_oss", {"attention_bias": False}, "granitemoe"),
+    ],
+    ids=case_id,
+)
+def test_auto_takes_no_home_that_other_engines_get_wrong(dense, variant, home, models):
+    (base,) = folders(models, dense, variant, 1)
+    assert moeforge.plan(recipe("auto", base, [part(base)] * 2)).experts.family == home
+
+
 # --- recipes written for mergekit-moe ------------------------------------------------------------
 
 
