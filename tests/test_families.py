@@ -227,6 +227,8 @@ REFUSED = {
     ("granitemoehybrid", "granitemoehybrid", 3),
     ("granitemoe_swa", "granite_swa", 2),
     ("dbrx", "olmo", 3),
+    ("mixtral", "ministral", 1),
+    ("mixtral", "ministral", 3),
     ("mixtral", "phi3", 3),
     ("mixtral", "phi3", 4),
     ("mixtral", "phi3", 5),

@@ -1,7 +1,4 @@
-"""Every family on the shelf: some layers, shared and different experts, bfloat16, wrong keys.
-
-Also what dense configs leave unsaid, which is read from transformers.
-"""
+"""Every family on the shelf: some layers, shared and different experts, bfloat16, wrong keys."""
 
 import json
 
@@ -10,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 from test_families import GATES, REFUSED, VARIANTS
 from tiny import LAYERS, WIDE, edit_config
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from zoo import ZOO
 
 import moeforge
 from moeforge import families
-from moeforge.dense import DEFAULTS, anatomy
+from moeforge.dense import anatomy
 from moeforge.families import Mixture
 from moeforge.planners.homes import objection
 from moeforge.proof.heldout import load_output
@@ -154,13 +151,3 @@ def test_a_wrong_key_is_noticed(name, models, tmp_path):
     moeforge.build(recipe(base, name), tmp_path / "moe")
     edit_config(tmp_path / "moe", **WRONG[name])
     assert worst(tmp_path / "moe", base) > 1e-2
-
-
-@pytest.mark.parametrize("kind", DEFAULTS)
-def test_what_dense_configs_leave_unsaid_is_what_transformers_takes(kind):
-    kind_of = CONFIG_MAPPING[kind]
-    made = kind_of().to_dict()
-    said = {"rope_theta": kind_of.default_theta, **made, **(made.get("rope_parameters") or {})}
-    for key, value in DEFAULTS[kind].items():
-        # Some are filled in after the fact, others are dropped where another key forbids them.
-        assert value in (getattr(kind_of, key, None), said.get(key)), key

@@ -12,6 +12,7 @@ from moeforge.families import Accept, Family, Mixture, Tensors, _gemma
 from moeforge.families._absorb import ROUNDING, absorbed, one_plus_norms, own_head
 from moeforge.families._llama import rotated_in_halves, squared_relu_as_gated, unfused
 from moeforge.families._rope import phi3_note, phi3_rope, rotated
+from moeforge.families._windows import mixed, windows
 
 _EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}"
 
@@ -70,6 +71,12 @@ def _phi3(dense: Config) -> Config:
     return result
 
 
+def _ministral_refuse(dense: Config) -> str:
+    if mixed(dense):
+        return "Mixtral slides in all layers or in none, this model in some (layer_types)"
+    return ""
+
+
 def _ministral3(dense: Config) -> Config:
     mine = ("llama_4_scaling_beta", "max_position_embeddings")
     parameters = {key: value for key, value in (rope(dense) or {}).items() if key not in mine}
@@ -126,6 +133,10 @@ _ACCEPTS = {
     "mistral": Accept(),
     "phi3": Accept(config=_phi3, tensors=unfused, note=phi3_note),
     "helium": Accept(tensors=rotated_in_halves()),
+    "ministral": Accept(
+        refuse=_ministral_refuse,
+        config=lambda dense: {**dense, "sliding_window": windows(dense)[1]},
+    ),
     "ministral3": Accept(refuse=_ministral3_refuse, config=_ministral3, note=_ministral3_note),
     "ernie4_5": Accept(1, config=_ernie, tensors=rotated_in_halves()),
     "granite": Accept(
