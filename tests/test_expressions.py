@@ -156,14 +156,10 @@ def order_of(t):
     return shuffled(len(t["x"]))
 
 
-def rows_of_rows(t):
-    return Rows(Rows(X, 0, sum(middle(t["x"]))), *middle(t["x"]))
-
-
 # From the tensors of both sources, in the dtype of arithmetic: what to compute, and torch for it.
 EXACT = {
     "rows": lambda t, o: (part_of(X, t["x"]), part(t["x"])),
-    "rows of rows": lambda t, o: (rows_of_rows(t), part(t["x"])),
+    "rows of rows": lambda t, o: (part_of(part_of(X, t["x"]), part(t["x"])), part(part(t["x"]))),
     "rows of a vector": lambda t, o: (part_of(V, t["v"]), part(t["v"])),
     "rows of a merge": lambda t, o: (part_of(MEAN, t["x"]), part(mean(t, o))),
     "affine": lambda t, o: (Affine(X, 0.3, 1.0), t["x"] * 0.3 + 1.0),
@@ -498,6 +494,17 @@ def test_a_transposed_matrix_is_not_held(tmp_path):
     assert peak < estimate
     result = load_file(tmp_path / "in" / "out" / "model.safetensors")["out"]
     assert torch.equal(result, matrix.T)
+
+
+def test_bands_are_held_for_one_tensor_only():
+    found, tensors = sources((130, 67), torch.float32)
+    expr = Transpose(MEAN)
+    worker = evaluate.Evaluator(plan_of(expr, tensors[0]["x"].T, found), 2**8)
+    float32 = BY_NAME["float32"]
+    for _ in worker.produce(expr, float32, float32, rows.Whole(), 0, 67 * 130):
+        assert len(worker.bands) == 1
+    worker.begin(X)
+    assert not worker.bands
 
 
 def test_the_estimate_knows_what_is_held():
