@@ -133,6 +133,23 @@ DEFAULTS: dict[str, Config] = {
         "attention_multiplier": None,
         "use_post_norm": True,
     },
+    "internlm3": {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "pad_token_id": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "iquestcoder": {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "ministral3": {
         "pad_token_id": 11,
         "rms_norm_eps": 1e-5,

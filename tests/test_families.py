@@ -57,6 +57,8 @@ VARIANTS = {
         {"original_max_position_embeddings": 128, "rope_parameters": WHOLE},
     ],
     "helium": [{}, {"tie_word_embeddings": True}, {"attention_bias": True}],
+    "internlm3": [{}, {"attention_bias": True, "mlp_bias": True}],
+    "iquestcoder": [{"tie_word_embeddings": True}, {"head_dim": 32}],
     "ministral3": [
         {"rope_parameters": QUERIES_SCALED},
         {
@@ -116,6 +118,7 @@ VARIANTS = {
         {"head_dim": 32},
         {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}},
         {"attention_bias": True},
+        {"sliding_window": 8},
     ],
     "mistral": [{}, {"sliding_window": 8}, {"sliding_window": None}, {"head_dim": 32}],
     "qwen2": [
@@ -213,10 +216,17 @@ VARIANTS = {
     ],
 }
 
-NOT_GRANITE = [("qwen2", 2), *(("mistral", i) for i in (0, 1, 3)), ("gemma", 3), ("hyperclovax", 2)]
+NOT_GRANITE = [
+    ("internlm3", 1),
+    ("qwen2", 2),
+    *(("mistral", i) for i in (0, 1, 3)),
+    ("gemma", 3),
+    ("hyperclovax", 2),
+]
 REFUSED = {
     ("mixtral", "llama", 4),
     ("mixtral", "helium", 2),
+    ("mixtral", "internlm3", 1),
     ("mixtral", "arcee", 2),
     ("mixtral", "arcee", 3),
     ("mixtral", "granite", 1),

@@ -10,6 +10,7 @@ from dataclasses import replace
 from moeforge.configs import Config
 from moeforge.families import Accept, Fill, Mixture, Shape, Shared, Tensors, _gemma
 from moeforge.families._absorb import ROUNDING, one_plus_norms
+from moeforge.families._llama import internlm3_refuse
 from moeforge.families._windows import windows
 
 LAYER = "model.layers.{layer}"
@@ -141,7 +142,7 @@ def _gemma_tensors(config: Config, tensors: Tensors) -> Tensors:
     return one_plus_norms(tensors)
 
 
-_NEEDLESS = ("attention_out_bias", "residual_dropout", "use_post_norm", "hidden_activation")
+_NEEDLESS = ("attention_out_bias", "bias", "hidden_activation", "qkv_bias", "use_post_norm")
 _WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
 REMOVED: Config = dict.fromkeys((*_NEEDLESS, *_WINDOWS))
 """Keys of dense models that a Granite mixture without windows has no use for."""
@@ -166,6 +167,8 @@ _ACCEPTS = {
     "granite": Accept(config=own),
     "hyperclovax": Accept(config=_hyperclovax, refuse=_hyperclovax_refuse),
     "llama": Accept(1, config=neutral),
+    "internlm3": Accept(1, config=neutral, refuse=internlm3_refuse),
+    "iquestcoder": Accept(1, config=neutral),
     "mistral": Accept(1, config=neutral, refuse=_no_window),
     "qwen2": Accept(1, config=_qwen2, refuse=_no_window),
     "seed_oss": Accept(1, config=_seed_oss),

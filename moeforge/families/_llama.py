@@ -63,3 +63,12 @@ def squared_relu_as_gated(config: Config, tensors: Tensors) -> Tensors:
             gate = name.replace(".up_proj.", ".gate_proj.")
             result[gate] = renamed(tensor, gate)
     return result
+
+
+def internlm3_refuse(config: Config) -> str:
+    """Return why this internlm3 is not a llama without biases, or ""."""
+    # Two names for each: those of transformers and those of the model's own code before.
+    names = ("attention_bias", "qkv_bias", "mlp_bias", "bias")
+    if said := [name for name in names if config.get(name)]:
+        return f"experts have no biases here, InternLM3 has them in all its layers ({said[0]})"
+    return ""

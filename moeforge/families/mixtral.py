@@ -10,7 +10,12 @@ from moeforge.configs import Config, rope
 from moeforge.dense import EMBEDDINGS, HEAD
 from moeforge.families import Accept, Family, Mixture, Tensors, _gemma
 from moeforge.families._absorb import ROUNDING, absorbed, one_plus_norms, own_head
-from moeforge.families._llama import rotated_in_halves, squared_relu_as_gated, unfused
+from moeforge.families._llama import (
+    internlm3_refuse,
+    rotated_in_halves,
+    squared_relu_as_gated,
+    unfused,
+)
 from moeforge.families._rope import phi3_note, phi3_rope, rotated
 from moeforge.families._windows import mixed, windows
 
@@ -35,14 +40,14 @@ def exotic(dense: Config, mixture: Mixture) -> str:
 
 
 def config(dense: Config, mixture: Mixture) -> Config:
-    """Write Mixtral's keys; windows stay as they are (llama has none)."""
+    """Write Mixtral's keys."""
     return {
         "intermediate_size": mixture.width,
         "num_local_experts": mixture.experts,
         "num_experts_per_tok": mixture.per_token,
         "output_router_logits": False,
         "router_jitter_noise": 0.0,
-        "sliding_window": dense.get("sliding_window"),
+        "sliding_window": windows(dense)[1],
         **dict.fromkeys(_REMOVED),
     }
 
@@ -50,6 +55,7 @@ def config(dense: Config, mixture: Mixture) -> Config:
 _REMOVED = (
     "attention_bias",
     "attention_multiplier",
+    "bias",
     "embedding_multiplier",
     "hidden_activation",
     "layer_types",
@@ -57,6 +63,7 @@ _REMOVED = (
     "mlp_bias",
     "partial_rotary_factor",
     "pretraining_tp",
+    "qkv_bias",
     "residual_multiplier",
     "use_bias",
 )
@@ -131,12 +138,11 @@ def _arcee_refuse(dense: Config) -> str:
 _ACCEPTS = {
     "llama": Accept(),
     "mistral": Accept(),
+    "internlm3": Accept(refuse=internlm3_refuse),
+    "iquestcoder": Accept(),
     "phi3": Accept(config=_phi3, tensors=unfused, note=phi3_note),
     "helium": Accept(tensors=rotated_in_halves()),
-    "ministral": Accept(
-        refuse=_ministral_refuse,
-        config=lambda dense: {**dense, "sliding_window": windows(dense)[1]},
-    ),
+    "ministral": Accept(refuse=_ministral_refuse),
     "ministral3": Accept(refuse=_ministral3_refuse, config=_ministral3, note=_ministral3_note),
     "ernie4_5": Accept(1, config=_ernie, tensors=rotated_in_halves()),
     "granite": Accept(
