@@ -23,7 +23,7 @@ def _loader(model: Model) -> Callable[[], nn.Module]:
     def load() -> nn.Module:
         from moeforge.forward import load_dense
 
-        return load_dense(model.config, Weights(model).read)
+        return load_dense(model.config, model.tensors, Weights(model).stored)
 
     return load
 

@@ -1,25 +1,22 @@
 """Owns running a dense model layer by layer from disk, so that one layer is in memory at a time.
 
-Knows transformers' module layout (a list of decoder layers, each with an `mlp`); knows nothing of
-recipes, gates or where weights come from: a `read` function gives them.
+Knows transformers' modules, and by `dense.ANATOMY` which of them are layers and MLPs; knows nothing
+of recipes, gates or where weights come from: `read` functions give them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moeforge.configs import Config
+from moeforge.dense import Anatomy, anatomy, hidden_size
+from moeforge.module_weights import ModuleWeights, ReadRows, ReadTensor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-ReadTensor = Callable[[str], "Tensor"]
-"""Returns a tensor of the model by its name on disk, in float32, in its shape."""
-ReadRows = Callable[[Sequence[int]], "Tensor"]
-"""Returns rows of the embedding matrix, [rows, hidden] in float32."""
 
 _SMALL = 512
 """Hidden size up to which a prompt's matrix products are too small to share among threads."""
@@ -58,10 +55,14 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def skeleton(config: Config, attention: str = "sdpa") -> nn.Module:
+def skeleton(config: Config, attention: str | None = None) -> nn.Module:
     """Return transformers' causal language model for `config`, without weights (on "meta").
 
     Buffers, such as rotary frequencies, are real.
+
+    Args:
+        config: config.json.
+        attention: transformers' `attn_implementation`; None for what it takes by itself.
 
     Raises:
         ValueError: transformers does not know the model type.
@@ -75,35 +76,96 @@ def skeleton(config: Config, attention: str = "sdpa") -> nn.Module:
         raise ValueError(f"the installed transformers does not know {kind} models")
     with quiet(), init_empty_weights(include_buffers=False):
         model: nn.Module = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING[kind].from_dict(dict(config)),
+            CONFIG_MAPPING[kind].from_dict(_plain_floats(config)),
             attn_implementation=attention,
             dtype=torch.float32,
         )
     return model.eval()
 
 
-def load_dense(config: Config, read: ReadTensor) -> nn.Module:
-    """Return the whole dense model in memory, in float32, with the weights that `read` gives."""
-    model = skeleton(config)
-    model.load_state_dict(
-        {name: read(name) for name, _ in model.named_parameters()}, strict=False, assign=True
-    )
-    tie: Any = getattr(model, "tie_weights", None)
-    if tie:
-        tie()
-    lost = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if lost:
+def _plain_floats(value: Any) -> Any:
+    """Return JSON data in which transformers' {"__float__": "Infinity"} is a float."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain_floats(each) for key, each in value.items()}
+    return [_plain_floats(each) for each in value] if isinstance(value, list) else value
+
+
+def load_dense(config: Config, names: Iterable[str], read: ReadTensor) -> nn.Module:
+    """Return the whole model in memory, in float32.
+
+    Args:
+        config: its config.json; transformers must know the model type.
+        names: its tensors, as they are called on disk.
+        read: gives them, by these names.
+
+    Raises:
+        ValueError: transformers does not know the model type, or misses a tensor.
+    """
+    import torch
+
+    model: Any = skeleton(config)
+    with quiet():
+        loaded, info = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict={name: read(name) for name in names},
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    if lost := sorted(info["missing_keys"]):
         raise ValueError(f"no weights for {', '.join(lost[:3])}")
-    return model
+    whole: nn.Module = loaded.eval()
+    return whole
 
 
-def _layers(decoder: nn.Module) -> nn.ModuleList:
-    layers: nn.ModuleList = decoder.layers  # type: ignore[assignment]
-    return layers
+@dataclass(frozen=True)
+class Call:
+    """How a model calls one of its layers.
+
+    Attributes:
+        hidden: the hidden states that it gives to the first layer, [1, tokens, hidden] or with
+            more dimensions in front.
+        args: what it gives besides them.
+        kwargs: the same, by name.
+    """
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
-def _recorder(layer: nn.Module, calls: list[dict[str, Any]], last: bool) -> nn.Module:
-    """Return a stand-in for `layer` that writes down how it is called and changes nothing."""
+def _layers(model: nn.Module, place: Anatomy) -> nn.ModuleList:
+    """Return the layers of `model`.
+
+    Raises:
+        ValueError: they are not where they should be, or have no MLP.
+    """
+    kind = model.config.model_type  # type: ignore[union-attr]
+    try:
+        layers: Any = model.get_submodule(place.layers.rstrip("."))
+        for layer in layers:
+            layer.get_submodule(place.mlp)
+    except AttributeError as error:
+        what = f"{kind} models have no layers {place.layers}N.{place.mlp} in transformers"
+        raise ValueError(f"{what} ({error}): use a gate_mode that does not run the base") from None
+    found: nn.ModuleList = layers
+    return found
+
+
+Returns = Callable[["Tensor"], Any]
+"""What a layer returns, given the hidden states: models unpack that before the next layer."""
+
+
+def _recorder(layer: nn.Module, calls: list[Call], returns: Returns | None) -> nn.Module:
+    """Return a stand-in for `layer` that writes down how it is called and changes nothing.
+
+    Args:
+        layer: the real one.
+        calls: receives the call.
+        returns: None ends the forward pass.
+    """
     from torch import nn
 
     class Recorder(nn.Module):
@@ -114,50 +176,53 @@ def _recorder(layer: nn.Module, calls: list[dict[str, Any]], last: bool) -> nn.M
             except AttributeError:
                 return getattr(layer, name)
 
-        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            calls.append({"hidden": hidden_states, "args": args, "kwargs": kwargs})
-            if last:
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append(Call(hidden_states, args, kwargs))
+            if returns is None:
                 raise _Stop
-            return hidden_states
+            return returns(hidden_states)
 
     return Recorder()
 
 
 def _record(
-    model: nn.Module, prompts: Sequence[Sequence[int]], read_rows: ReadRows, device: str
-) -> list[list[dict[str, Any]]]:
-    """Return, for each prompt, how the model would call each of its layers.
-
-    Only the embedding rows of tokens that occur are read; ids are renumbered to match.
-    """
+    model: nn.Module,
+    layers: nn.ModuleList,
+    prompt: Sequence[int],
+    returns: Returns | None,
+    device: str,
+) -> list[Call]:
+    """Return how the model would call its layers; the first only, where `returns` is None."""
     import torch
-    from torch import nn
 
     decoder: Any = model.base_model
-    used = sorted({token for prompt in prompts for token in prompt})
-    place = {token: index for index, token in enumerate(used)}
-    embedding = decoder.embed_tokens
-    embedding.weight = nn.Parameter(read_rows(used).to(device), requires_grad=False)
-    embedding.num_embeddings, embedding.padding_idx = len(used), None
-    for buffer in decoder.modules():
-        for name, value in list(buffer.named_buffers(recurse=False)):
-            buffer._buffers[name] = value.to(device)
-    real = _layers(decoder)
-    calls: list[dict[str, Any]] = []
-    decoder.layers = nn.ModuleList(
-        _recorder(layer, calls, index == len(real) - 1) for index, layer in enumerate(real)
-    )
-    recorded = []
-    for prompt in prompts:
-        calls.clear()
-        ids = torch.tensor([[place[token] for token in prompt]], device=device)
-        try:
-            decoder(input_ids=ids, use_cache=False)
-        except _Stop:
-            recorded.append(list(calls))
-    decoder.layers = real
-    embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-    return recorded
+    real, calls = list(layers), list[Call]()
+    for index, layer in enumerate(real):
+        layers[index] = _recorder(layer, calls, returns if index < len(real) - 1 else None)
+    with suppress(_Stop):
+        decoder(input_ids=torch.tensor([prompt]).to(device), use_cache=False)
+    for index, layer in enumerate(real):
+        layers[index] = layer
+    return calls
+
+
+def _returns(layer: nn.Module, call: Call) -> Returns:
+    """Try how `layer`, whose weights are there, returns the hidden states: alone, or with more."""
+    import torch
+
+    found = layer(call.hidden, *call.args, **call.kwargs)
+    if isinstance(found, torch.Tensor):
+        return lambda hidden: hidden
+    return lambda hidden: (hidden, *(None for _ in found[1:]))
+
+
+def _of_tokens(states: Tensor, tokens: int) -> Tensor:
+    """Return hidden states [..., tokens, hidden] as [tokens, hidden].
+
+    Of several streams (gemma3n) the first is what layers read; what a model puts before the prompt
+    by itself (cpmant) is left out.
+    """
+    return states.reshape(-1, *states.shape[-2:])[0, -tokens:]
 
 
 @contextmanager
@@ -166,7 +231,7 @@ def _threads(config: Config) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    if config.get("hidden_size", _SMALL) < _SMALL:
+    if (hidden_size(config) or _SMALL) < _SMALL:
         torch.set_num_threads(1)
     try:
         yield
@@ -180,7 +245,7 @@ def layer_inputs(
     read: ReadTensor,
     read_rows: ReadRows,
     device: str = "cpu",
-    attention: str = "sdpa",
+    attention: str | None = None,
 ) -> Iterator[list[LayerInputs]]:
     """Run a dense model over `prompts` and yield, layer by layer, what each prompt's tokens meet.
 
@@ -190,38 +255,63 @@ def layer_inputs(
     Args:
         config: config.json of a dense model that transformers knows.
         prompts: token ids.
-        read: gives the weights of `model.layers.*`.
+        read: gives weights.
         read_rows: gives embedding rows.
         device: torch device.
-        attention: transformers' `attn_implementation`.
+        attention: transformers' `attn_implementation`; None for what it takes by itself.
 
     Raises:
-        ValueError: transformers does not know the model type.
+        ValueError: transformers does not know the model type, or has no such layers in it.
     """
     import torch
-    from torch import nn
 
     with torch.no_grad(), _threads(config):
-        model = skeleton(config, attention)
-        recorded = _record(model, prompts, read_rows, device)
-        hidden = [calls[0]["hidden"] for calls in recorded]
-        for index, layer in enumerate(_layers(model.base_model)):  # type: ignore[arg-type]
-            prefix = f"model.layers.{index}."
-            for name, parameter in list(layer.named_parameters()):
-                owner = layer.get_submodule(name.rpartition(".")[0])
-                weight = read(prefix + name).reshape(parameter.shape).to(device)
-                setattr(owner, name.rpartition(".")[2], nn.Parameter(weight, requires_grad=False))
+        model, place = skeleton(config, attention), anatomy(config)
+        layers, weights = _layers(model, place), ModuleWeights(model, read, device)
+        _before_layers(model, layers, weights, read_rows, place)
+        (first,) = _record(model, layers, prompts[0], None, device)
+        weights.load(layers[0])
+        returns = _returns(layers[0], first)
+        recorded = [_record(model, layers, prompt, returns, device) for prompt in prompts]
+        hidden = [calls[0].hidden for calls in recorded]
+        for index, layer in enumerate(layers):
+            weights.load(layer)
             seen: list[Tensor] = []
-            hook = layer.mlp.register_forward_pre_hook(  # type: ignore[union-attr]
+            hook = layer.get_submodule(place.mlp).register_forward_pre_hook(
                 lambda module, inputs, seen=seen: seen.append(inputs[0])
             )
             inputs = []
-            for number, calls in enumerate(recorded):
+            for number, (calls, prompt) in enumerate(zip(recorded, prompts, strict=True)):
                 call = calls[index]
                 before = hidden[number]
-                after = layer(before, *call["args"], **call["kwargs"])
-                hidden[number] = after[0] if isinstance(after, tuple) else after
-                inputs.append(LayerInputs(before[0], seen.pop()[0]))
+                after = layer(before, *call.args, **call.kwargs)
+                hidden[number] = after if isinstance(after, torch.Tensor) else after[0]
+                inputs.append(
+                    LayerInputs(*(_of_tokens(x, len(prompt)) for x in (before, seen.pop())))
+                )
             hook.remove()
             yield inputs
             layer.to("meta")
+
+
+def _before_layers(
+    model: nn.Module,
+    layers: nn.ModuleList,
+    weights: ModuleWeights,
+    read_rows: ReadRows,
+    place: Anatomy,
+) -> None:
+    """Load what comes before the layers; of tables with a row for each token, rows that occur."""
+    from torch import nn
+
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        # Gemma has a second one, embed_tokens_per_layer, that is larger than the rest.
+        and (f"{name}.weight" == place.embeddings or ".embed_tokens" in name)
+    ]
+    decoder: Any = model.base_model
+    weights.load(decoder, [layers, *tables])
+    for table in tables:
+        weights.rows_only(table, read_rows)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeforge import gates
-from moeforge.dense import hidden_size
+from moeforge.dense import anatomy, hidden_size
 from moeforge.engine.whole import evaluate
 from moeforge.errors import BuildError, Finding
+from moeforge.families._remote import REMOTE, named_as_modules
 from moeforge.gates import GateInput
 from moeforge.planners import Model
-from moeforge.planners.model import EMBEDDINGS
-from moeforge.plans import ROUTERS, Plan, Read
+from moeforge.plans import ROUTERS, Plan, PlannedTensor, Read, pieces
 from moeforge.prepare import ExpertPrompt, Prepared
 from moeforge.recipe import MoeRecipe
 from moeforge.sources import Source
@@ -27,28 +27,48 @@ if TYPE_CHECKING:
 
 
 class Weights:
-    """Reads tensors of a model, checkpoint or inline recipe, whole and in float32."""
+    """Reads tensors of a model, checkpoint or inline recipe, in float32."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._plan = Plan("merge", (), model.config, model.sources, model.donor)
+        known = model.config.get("model_type") in REMOTE
+        self._named = named_as_modules(model.config, model.tensors) if known else model.tensors
+        self._embeddings = anatomy(model.config).embeddings
 
     def read(self, name: str) -> Tensor:
-        """Return tensor `name` in its shape; a tied head is the embedding matrix."""
-        if name == "lm_head.weight" and self._model.tied:
-            name = EMBEDDINGS
-        tensor = self._model.tensors[name]
-        return evaluate(self._plan, tensor.expr, tensor.spec.numel).reshape(tensor.spec.shape)
+        """Return a tensor in its shape, by the name of its module in transformers.
 
-    def rows(self, ids: Sequence[int]) -> Tensor:
-        """Return rows `ids` of the embedding matrix, reading no more than it must."""
+        Raises:
+            KeyError: the model has no such tensor.
+        """
+        return self._whole(self._named[name])
+
+    def stored(self, name: str) -> Tensor:
+        """Return a tensor in its shape, by its name on disk."""
+        return self._whole(self._model.tensors[name])
+
+    def _whole(self, tensor: PlannedTensor) -> Tensor:
+        import torch
+
+        made = [evaluate(self._plan, expr, spec.numel) for expr, spec in pieces(tensor)]
+        return torch.cat(made).reshape(tensor.spec.shape)
+
+    def rows(self, ids: Sequence[int], name: str = "") -> Tensor:
+        """Return rows `ids` of the embedding matrix, or of `name`, reading no more than it must.
+
+        Raises:
+            ValueError: the model has no such tensor.
+        """
         import torch
 
         from moeforge.engine.evaluate import torch_dtype
 
-        tensor = self._model.tensors[EMBEDDINGS]
+        tensor = self._named.get(name or self._embeddings)
+        if tensor is None:
+            raise ValueError(f"the model has no tensor {name or self._embeddings}")
         if not isinstance(tensor.expr, Read):
-            return self.read(EMBEDDINGS)[list(ids)]
+            return self._whole(tensor)[list(ids)]
         source = self._model.sources[tensor.expr.source]
         dtype = source.specs()[tensor.expr.name].dtype
         width = tensor.spec.shape[1]

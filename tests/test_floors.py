@@ -14,7 +14,7 @@ ROOT = Path(moeforge.__file__).parent
 FLOORS = [
     {"errors", "version"},
     {"tensors", "catalog", "configs", "dense", "vocabulary"},
-    {"recipe", "plans", "sources", "forward", "routing"},
+    {"recipe", "plans", "sources", "forward", "module_weights", "routing"},
     {"methods", "families", "gates"},
     {"planners", "engine", "output", "proof", "targets"},
     {"prepare", "routers", "evaluate", "tables", "forge"},
@@ -23,6 +23,7 @@ FLOORS = [
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {
     ("configs", "dense"),
+    ("module_weights", "forward"),
     ("sources", "plans"),
     ("output", "engine"),
     ("prepare", "routers"),
