@@ -106,7 +106,7 @@ def routers(model: nn.Module) -> list[Router]:
             layer,
             f"{name}.weight",
             module,
-            module.weight,  # type: ignore[arg-type]
+            module.weight,
             _bias(model, name),
             kind in _SIGMOID,
             _per_token(config),

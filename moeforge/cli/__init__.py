@@ -1,0 +1,48 @@
+"""Owns the command line: the only room that prints or exits. Everything else is in `forge`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moeforge.cli import models, recipes
+from moeforge.version import __version__
+
+app = typer.Typer(
+    name="moeforge",
+    help="Make one language model out of several: mixtures of experts, stacks and merges.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command in (
+    recipes.build,
+    recipes.check,
+    recipes.plan,
+    models.inspect,
+    models.show,
+    models.push,
+):
+    app.command()(command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"moeforge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,171 @@
+"""Owns the commands about recipes: build, check, plan."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeforge.cli.shared import (
+    Json,
+    Offline,
+    RecipeArgument,
+    check_device,
+    findings_json,
+    note,
+    parse_size,
+    print_json,
+    reporting,
+    showing_progress,
+    show_size,
+)
+
+if TYPE_CHECKING:
+    from moeforge.forge import Result
+
+
+def build(
+    recipe: RecipeArgument,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Output folder [default: the recipe's stem].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Workers [default: all cores].")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Most memory to take, such as 2GB.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Most bytes per output file.")] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing folder.")
+    ] = False,
+    offline: Offline = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print what is done.")] = False,
+) -> None:
+    """Build the model of a recipe."""
+    with reporting(as_json=as_json):
+        from moeforge import forge
+
+        limit, per_file = parse_size(memory) if memory else None, parse_size(shard_size)
+        check_device(device)
+        shown = not quiet and not as_json and sys.stderr.isatty()
+        with showing_progress(shown=shown) as progress:
+            result = forge.build(
+                recipe,
+                out,
+                device=device,
+                threads=threads,
+                memory=limit,
+                shard_size=per_file,
+                overwrite=overwrite,
+                offline=offline,
+                progress=progress,
+                note=note if not quiet else lambda finding: None,
+            )
+        if as_json:
+            print_json(_result_json(result))
+        elif not quiet:
+            _show_result(result, verbose=verbose)
+
+
+def _result_json(result: Result) -> dict[str, Any]:
+    plan, heldout = result.plan, result.heldout
+    data: dict[str, Any] = {
+        "folder": str(result.folder),
+        "kind": plan.kind,
+        "parameters": plan.parameters,
+        "active_parameters": plan.active_parameters,
+        "bytes": plan.nbytes,
+        "seconds": round(result.seconds, 3),
+    }
+    if heldout:
+        data["held_out"] = {
+            "domains": heldout.domains,
+            "tokens": heldout.tokens,
+            "losses": heldout.losses,
+            "experts": heldout.experts,
+            "routing": heldout.routing,
+        }
+    return data
+
+
+def _show_result(result: Result, *, verbose: bool) -> None:
+    from rich.console import Console
+
+    from moeforge.output.card import amount
+
+    plan = result.plan
+    console = Console(highlight=False)
+    active = ""
+    if plan.experts:
+        active = f" ({amount(plan.active_parameters)} active)"
+    console.print(
+        f"[bold]{result.folder}[/]: {plan.config['architectures'][0]}, "
+        f"{amount(plan.parameters)} parameters{active}, {show_size(plan.nbytes)}, "
+        f"made in {result.seconds:.1f} s",
+        soft_wrap=True,
+    )
+    if verbose:
+        copied = f"{show_size(plan.bytes_copied)} copied as they are"
+        console.print(f"{len(plan.tensors)} tensors, {show_size(plan.bytes_read)} read, {copied}")
+    if result.heldout:
+        from moeforge.tables import heldout_tables
+
+        for part in heldout_tables(result.heldout):
+            console.print(part)
+
+
+def check(
+    recipe: RecipeArgument,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Engine to read the output: transformers4, vllm, llama.cpp or mlx."),
+    ] = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Say what stands against building a recipe; reads no weights and writes nothing."""
+    with reporting(as_json=as_json):
+        from moeforge import forge
+
+        report = forge.check(recipe, target=target, offline=offline)
+        if as_json:
+            errors, notes = findings_json(report.errors), findings_json(report.notes)
+            experts = report.plan.experts if report.plan else None
+            homes = dict(experts.considered) if experts else {}
+            print_json({"errors": errors, "notes": notes, "architectures": homes})
+        else:
+            for finding in report.errors:
+                print(f"error: {finding}", file=sys.stderr)
+            for finding in report.notes:
+                note(finding)
+            if report.plan and report.plan.experts:
+                for name, why in report.plan.experts.considered:
+                    print(f"architecture {name}: {why}")
+            if not report.errors:
+                print(f"{recipe}: fine; `moeforge plan {recipe}` says what would be made")
+        raise typer.Exit(report.exit_code)
+
+
+def plan(
+    recipe: RecipeArgument,
+    shard_size: Annotated[str, typer.Option(help="Most bytes per output file.")] = "5GB",
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Print what a build would make, read, write and need."""
+    with reporting(as_json=as_json):
+        from moeforge import forge
+        from moeforge.tables import describe, plan_table
+
+        planned = forge.plan(recipe, offline=offline)
+        described = describe(planned, parse_size(shard_size))
+        if as_json:
+            print_json(described)
+            return
+        from rich.console import Console
+
+        Console(highlight=False).print(plan_table(planned, described))

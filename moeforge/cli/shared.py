@@ -1,0 +1,145 @@
+"""Owns what all commands share: options, messages, progress, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moeforge.errors import BuildError, Finding, MoeforgeError
+
+if TYPE_CHECKING:
+    from moeforge.forge import Progress
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe, a YAML file.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Use only the local Hub cache.")]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return bytes for `5GB`, `900M`, `2GiB` or a plain number.
+
+    Raises:
+        typer.BadParameter: it is none of these, or zero.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is not a size; write 5GB, 900MB, 2GiB")
+    number, unit, binary = match.groups()
+    power = " kmgt".index(unit.lower()) if unit else 0
+    size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size < 1:
+        raise typer.BadParameter("a size is at least one byte")
+    return size
+
+
+def print_json(data: Any) -> None:
+    """Print data as JSON."""
+    print(json.dumps(data, indent=2))
+
+
+def findings_json(findings: tuple[Finding, ...]) -> list[dict[str, Any]]:
+    """Return findings as plain data."""
+    return [
+        {
+            "what": f.what,
+            "fix": f.fix,
+            "path": list(f.path),
+            "line": f.line or None,
+            "warning": f.warning,
+        }
+        for f in findings
+    ]
+
+
+@contextmanager
+def reporting(*, as_json: bool = False) -> Iterator[None]:
+    """Turn errors into messages and exit codes."""
+    try:
+        yield
+    except MoeforgeError as error:
+        if as_json:
+            print_json({"errors": findings_json(error.findings)})
+        for finding in error.findings:
+            print(f"error: {finding}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("stopped; nothing was published", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+@contextmanager
+def showing_progress(*, shown: bool) -> Iterator[Progress]:
+    """Give a callback that draws one bar per phase; none where nobody looks."""
+    if not shown:
+        yield lambda phase, done, total: None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description:<14}"),
+        bars.BarColumn(),
+        bars.TaskProgressColumn(),
+        bars.TextColumn("{task.fields[amount]}"),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True)) as display:
+        tasks: dict[str, bars.TaskID] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = display.add_task(phase, total=max(total, 1), amount="")
+            amount = f"{done}/{total}"
+            if phase == "tensors":
+                speed = display.tasks[tasks[phase]].speed or 0
+                amount = f"{show_size(done)} of {show_size(total)}, {show_size(int(speed))}/s"
+            finished = max(total, 1) if done >= total else done
+            display.update(tasks[phase], completed=finished, amount=amount)
+
+        yield show
+
+
+def show_size(count: int) -> str:
+    """Return a number of bytes for people: 1.23 GB."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
+
+
+def note(finding: Finding) -> None:
+    """Print what is worth knowing."""
+    print(f"{'warning' if finding.warning else 'note'}: {finding}", file=sys.stderr)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot use.
+
+    Raises:
+        BuildError: with torch's reason.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        what = f"--device {device} cannot be used: {reason}"
+        raise BuildError(Finding(what, "Leave it out to use the CPU.")) from None
