@@ -18,8 +18,8 @@ from moeforge.cli.shared import (
     parse_size,
     print_json,
     reporting,
-    showing_progress,
     show_size,
+    showing_progress,
 )
 
 if TYPE_CHECKING:
