@@ -24,6 +24,7 @@ LONG = {
     "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
     **THETA,
 }
+FIRST = {"original_max_position_embeddings": 32}
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 WHOLE = {
     "rope_type": "longrope",
@@ -166,6 +167,7 @@ VARIANTS = {
         {"q_lora_rank": None, "scale_depth": None, "dim_model_base": None, "v_head_dim": 8},
         {"rope_parameters": {"rope_type": "longrope", **FACTORS, **THETA}},
         {"mlp_bias": True},
+        {"rope_parameters": {"rope_type": "longrope", **FIRST, **FACTORS, **THETA}},
     ],
     "ernie4_5": [{}, {"tie_word_embeddings": False, "head_dim": 32}, {"use_bias": True}],
     "hunyuan_v1_dense": [

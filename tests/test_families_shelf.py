@@ -72,7 +72,8 @@ def test_some_layers_keep_the_dense_mlp_or_the_reason_is_said(name, chosen, mode
 @pytest.mark.parametrize("name", [name for name, family in SHELF.items() if family.shared])
 def test_half_shared_and_half_chosen_is_the_dense_model(name, models, tmp_path):
     base = base_of(name, models)
-    shared = [{"source_model": str(base), "residual_scale": 0.5}]
+    count = SHELF[name].shared.most or 2
+    shared = [{"source_model": str(base), "residual_scale": 0.5 / count}] * count
     moeforge.build(recipe(base, name, 0.5, shared_experts=shared), tmp_path / "moe")
     assert worst(tmp_path / "moe", base) < 1e-4
     whole = [{"source_model": str(base)}]

@@ -33,6 +33,21 @@ def phi3_rope(config: Config) -> Config:
     return {**config, "rope_parameters": parameters, "rope_scaling": None}
 
 
+def first_context(config: Config) -> Config:
+    """Write out after how many tokens longrope takes its long factors, and by how much it scales.
+
+    transformers 5 works both out; transformers 4 looks for the first beside the rotary parameters
+    and, in models with latent attention, for the second.
+    """
+    parameters = rope(config)
+    if parameters is None or parameters["rope_type"] != "longrope":
+        return config
+    key, most = "original_max_position_embeddings", config["max_position_embeddings"]
+    first = config.get(key) or parameters.get(key) or most
+    parameters = {"factor": most / first, **parameters, key: first}
+    return {**config, "rope_parameters": parameters, "rope_scaling": None, key: first}
+
+
 def phi3_note(config: Config) -> str:
     """Say what differs from phi3 in a text that grows while it is generated."""
     if phi3_rope(config)["rope_parameters"]["rope_type"] == "default":

@@ -12,6 +12,7 @@ from moeforge.dense import EMBEDDINGS, HEAD
 from moeforge.families import Accept, Family, Mixture, Tensors
 from moeforge.families import _deepseek as deepseek
 from moeforge.families._absorb import ROUNDING, absorbed, own_head
+from moeforge.families._rope import first_context
 from moeforge.families._sparse import leading_dense
 from moeforge.families._transforms import interleaved
 from moeforge.plans import PlannedTensor
@@ -59,9 +60,10 @@ def _minicpm3(config: Config, tensors: Tensors) -> Tensors:
 
 
 def _words(config: Config) -> Config:
-    """Write out the sizes of heads; readers of transformers 4 take `head_dim` as it stands."""
+    """Write out what transformers 4 takes as it stands: `head_dim` is the rotated part."""
     values = config.get("v_head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return {**config, "head_dim": config["qk_rope_head_dim"], "v_head_dim": values}
+    sizes = {"head_dim": config["qk_rope_head_dim"], "v_head_dim": values}
+    return {**first_context(config), **sizes}
 
 
 def refuse(dense: Config, mixture: Mixture) -> str:
