@@ -147,10 +147,10 @@ REMOTE: dict[str, Remote] = {
 
 _NO_MLP = "its layers have no MLP that experts could replace"
 _SHARED = "its MLPs are one module that several layers use"
-_COUNTLESS = "its mixture of experts is part of it already"
+_SPARSE = "it has experts already"
 
 REFUSED: dict[str, str] = {
-    "dbrx": _COUNTLESS,
+    "dbrx": _SPARSE,
     "falcon_mamba": _NO_MLP,
     "hrm_text": "it runs two stacks of layers in cycles, and its config counts passes, not layers",
     "mamba": _NO_MLP,
