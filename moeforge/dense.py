@@ -365,3 +365,11 @@ _HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed", "dim", "embed_dim")
 def hidden_size(config: Config) -> int | None:
     """Return the width of the residual stream, or None where the config does not say."""
     return next((config[key] for key in _HIDDEN if isinstance(config.get(key), int)), None)
+
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+
+
+def max_positions(config: Config) -> int | None:
+    """Return how many tokens the model takes, or None where the config does not say."""
+    return next((config[key] for key in _POSITIONS if isinstance(config.get(key), int)), None)

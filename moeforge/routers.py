@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeforge import gates
-from moeforge.dense import anatomy, hidden_size
+from moeforge.configs import Config
+from moeforge.dense import anatomy, hidden_size, max_positions
 from moeforge.engine.whole import evaluate
 from moeforge.errors import BuildError, Finding
 from moeforge.families._remote import REMOTE, named_as_modules
@@ -104,7 +105,7 @@ def compute_routers(
     hidden = hidden_size(base.config)
     assert hidden is not None
     weights = Weights(base)
-    tokenized = _tokenize(plan, folder, prepared.prompts)
+    tokenized = _tokenize(base.config, folder, prepared.prompts)
 
     def walk() -> Iterator[Sequence[LayerInputs]]:
         from moeforge.forward import layer_inputs
@@ -135,13 +136,12 @@ def compute_routers(
     return _as_source(tensors)
 
 
-def _tokenize(plan: Plan, folder: Path, prompts: Sequence[ExpertPrompt]) -> Sequence[Any]:
+def _tokenize(base: Config, folder: Path, prompts: Sequence[ExpertPrompt]) -> Sequence[Any]:
     if not prompts:
         return []
     from moeforge.gates._tokenize import load_tokenizer, tokenize
 
-    most = plan.config.get("max_position_embeddings")
-    return tokenize(load_tokenizer(folder), prompts, most)
+    return tokenize(load_tokenizer(folder), prompts, max_positions(base))
 
 
 def _as_source(gates: Mapping[str, Tensor]) -> Source:
