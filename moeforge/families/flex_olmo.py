@@ -1,6 +1,8 @@
 """flex_olmo: the home of olmo2 models, norms after attention and experts included.
 
 Like the MLP of olmo2, its router sees the residual stream without a norm before it.
+The norm after the experts takes out a common factor of their weights, so that engines which do not
+renormalise them (llama.cpp) compute the same.
 """
 
 from __future__ import annotations
