@@ -80,7 +80,7 @@ FAMILY = Family(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     accepts={
-        "qwen2": Accept(),
+        "qwen2": Accept(exotic=_mixed_windows),
         "ministral": Accept(3, exotic=_mixed_windows),
         "cwm": Accept(3, exotic=_mixed_windows),
         "llama": Accept(5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from moeforge import families
 from moeforge.configs import n_layers
 from moeforge.dense import hidden_size
 from moeforge.errors import Path
@@ -127,6 +128,10 @@ def _has_sizes(base: Model, findings: Findings, path: Path) -> bool:
     """Say whether the base's config has the sizes that everything else is told from."""
     absent = [] if hidden_size(base.config) else ["hidden_size"]
     absent += [] if n_layers(base.config) else ["num_hidden_layers"]
+    # Types that have a home call it so; what such a config leaves out it has lost.
+    if families.candidates(str(base.config.get("model_type"))):
+        heads = base.config.get("num_attention_heads")
+        absent += [] if isinstance(heads, int) else ["num_attention_heads"]
     if absent:
         kind = base.config.get("model_type", "without model_type")
         what = f"the config.json of {base.label} ({kind}) does not say {', '.join(absent)}"
