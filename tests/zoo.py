@@ -358,7 +358,7 @@ ZOO: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "recurrent_gemma": {"lru_width": 64, "attention_window_size": 8, "head_dim": 16},
-    "rwkv": {"attention_hidden_size": 64, "rescale_every": 2},
+    "rwkv": {"attention_hidden_size": 64, "rescale_every": 0},
     "seed_oss": HEAD,
     "smollm3": {},
     "solar_open": {**ROUTED, **HEAD},

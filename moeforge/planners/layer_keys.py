@@ -114,6 +114,24 @@ def _leading(key: str, *, exact: bool = True) -> Rule:
     return Rule((key,), says, write)
 
 
+def _tapped(key: str) -> Rule:
+    """The numbers of layers whose outputs are used elsewhere, each by a part of its own."""
+
+    def says(config: Config, depth: int) -> list[int | None]:
+        taps = list(config[key])
+        return [taps.index(layer) if layer in taps else None for layer in range(depth)]
+
+    def write(values: list[int | None], donor: Config) -> Config:
+        found = [layer for layer, value in enumerate(values) if value is not None]
+        wanted = range(len(donor[key]))
+        if [values[layer] for layer in found] != list(wanted):
+            why = f"each of the layers {list(donor[key])} is needed once, in this order"
+            raise _Unsayable(found[-1] if found else 0, why)
+        return {key: found}
+
+    return Rule((key,), says, write)
+
+
 def _trailing(key: str) -> Rule:
     """How many layers at the end are of a kind."""
 
@@ -259,6 +277,7 @@ RULES = (
     *map(_numbered, ("attn_layer_indices", "full_attn_idxs", "moe_layers", "local_layer_ids")),
     *map(_numbered, ("fullatt_block_indexes", "cross_attention_layers")),
     _numbered("ple_layer_ids", first=1),
+    _tapped("deepstack_visual_indexes"),
     *map(_leading, ("first_k_dense_replace", "num_dense_layers", "num_hash_layers")),
     _leading("dense_mlp_idx"),
     _leading("max_window_layers", exact=False),
@@ -281,7 +300,6 @@ INSTEAD = {
     "first_k_dense_replace": "mlp_layer_types",
     "num_hash_layers": "mlp_layer_types",
     "dense_mlp_idx": "mlp_layer_types",
-    "attn_layer_period": "layers_block_type",
 }
 """Keys that only some patterns fit, and the list that families read before them if they have it."""
 

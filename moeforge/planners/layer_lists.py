@@ -77,14 +77,21 @@ def depth_of(known: Any) -> int:
 
 
 def lists(known: Any) -> dict[str, list[Any]]:
-    """Return what configuration `known` has for each layer, by name: stored or derived."""
+    """Return what configuration `known` has for each layer, by name: stored or derived.
+
+    Raises:
+        LayerFieldError: it cannot be derived.
+    """
     depth = depth_of(known)
     names = [*vars(known), *(n for n in dir(type(known)) if _is_property(type(known), n))]
     found = {}
     for name in names:
         if name.startswith("_") or name in NOT_PER_LAYER:
             continue
-        value = getattr(known, name, None)
+        try:
+            value = getattr(known, name, None)
+        except Exception as error:  # each family has its own checks
+            raise LayerFieldError(f"transformers cannot derive {name}: {error}") from None
         if isinstance(value, (list, tuple)) and len(value) == depth:
             found[name] = list(value)
     return found
@@ -140,11 +147,13 @@ def _written(
         for name in set.intersection(*(set(found) for found in derived.values()))
     }
     for _ in range(2):  # a list may follow from another one that is written now
-        made = lists(read(result))
+        known = read(result)
+        made = lists(known)
         wrong = sorted(name for name, values in wanted.items() if made.get(name) != values)
         if not wrong:
             return result
-        result = {**result, **{name: wanted[name] for name in wrong if name not in result}}
+        free = [n for n in wrong if n not in result and not _is_property(type(known), n)]
+        result = {**result, **{name: wanted[name] for name in free}}
     name = wrong[0]
     values = made.get(name) or [None] * len(layers)
     layer = next(i for i, value in enumerate(wanted[name]) if value != values[i])

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge.configs import Config
 from moeforge.planners.layer_keys import LayerFieldError, Origin
-from moeforge.planners.layer_lists import depth_of, is_uniform, plain, stacked_config
+from moeforge.planners.layer_lists import depth_of, is_uniform, lists, plain, stacked_config
 
 if TYPE_CHECKING:
     from torch import nn
 
 _OWN_NUMBER = {"layer_idx", "layer_id", "layer_number", "layer_index"}
 """What a layer calls its number, which says where its cache lies."""
+_NOTHING = object()
 _DEPTH = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 
 Facts = dict[str, Any]
@@ -69,39 +70,41 @@ def unlike(result: Config, donor: Config, layers: Sequence[Origin], stored: set[
     labels: dict[int, str] = {}
     for origin in layers:
         if id(origin.config) not in models:
-            models[id(origin.config)] = _facts(origin.config)[0]
+            models[id(origin.config)] = facts(origin.config)[0]
             labels[id(origin.config)] = origin.label
-    mine, around = _facts(donor)
-    made, around_made = _facts(result)
+    mine, around = facts(donor)
+    made, around_made = facts(result)
     _same_around(around, around_made)
-    constants = [_constant(facts) for facts in models.values()]
+    constants = list(map(_constant, models.values()))
     ours = _constant(mine)
     settings = {
         path
         for theirs in constants
         for path in ours.keys() & theirs.keys()
-        if not _same(ours[path], theirs[path])
+        if not isinstance(ours[path], tuple) and not same(ours[path], theirs[path])
     }
-    for number, (facts, origin) in enumerate(zip(made, layers, strict=True)):
+    for number, (layer, origin) in enumerate(zip(made, layers, strict=True)):
         theirs = models[id(origin.config)][origin.index]
-        for path in sorted(facts.keys() | theirs.keys()):
-            is_, was = facts.get(path, "absent"), theirs.get(path, "absent")
-            if path in settings or _same(is_, was):
+        for path in sorted(layer.keys() | theirs.keys()):
+            is_, was = layer.get(path, _NOTHING), theirs.get(path, _NOTHING)
+            if path in settings or same(is_, was):
                 continue
-            if path in stored and not (isinstance(is_, tuple) or isinstance(was, tuple)):
+            alike = _same_shape(is_, was)
+            if path in stored and alike:
                 continue  # a buffer that the checkpoint has
             what = f"layer {number} of the stack would have {path} {_show(is_)}"
-            raise LayerFieldError(f"{what}, where {origin} has {_show(was)}")
+            others = " of other numbers" if alike else ""
+            raise LayerFieldError(f"{what}, where {origin} has {_show(was)}{others}")
     return [
         f"{labels[key]} has {path} {_show(theirs[path])} in every layer, the result "
         f"{_show(ours[path])}"
         for key, theirs in zip(models, constants, strict=True)
         for path in sorted(settings)
-        if path in theirs and not _same(ours[path], theirs[path])
+        if path in theirs and not same(ours[path], theirs[path])
     ]
 
 
-def _facts(config: Config) -> tuple[list[Facts], Facts]:
+def facts(config: Config) -> tuple[list[Facts], Facts]:
     """Return the facts of each layer of the model that `config` describes, and those around them.
 
     Raises:
@@ -115,8 +118,7 @@ def _facts(config: Config) -> tuple[list[Facts], Facts]:
     except Exception as error:  # what a family raises at a config that it cannot build
         reason = str(error).strip().splitlines()[-1].strip()
         raise LayerFieldError(f"transformers cannot build such a model: {reason}") from None
-    depth = depth_of(model.config)
-    found = list(_towers(model, "", depth))
+    found = list(_towers(model, "", depth_of(model.config)))
     if len(found) != 1:
         names = ", ".join(name for name, _ in found) or "none"
         what = f"{config.get('model_type')} should have one list of layers, but has {names}"
@@ -127,7 +129,8 @@ def _facts(config: Config) -> tuple[list[Facts], Facts]:
         what = f"{shared} is shared with {tied[shared]} and stored there alone"
         raise LayerFieldError(f"{what}: the layers of {config.get('model_type')} are not separate")
     around = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return [_layer(layer, depth) for layer in tower], {
+    known = list(lists(model.config).values())
+    return [_layer(layer, known) for layer in tower], {
         name: shape for name, shape in around.items() if not name.startswith(f"{stem}.")
     }
 
@@ -145,21 +148,22 @@ def _towers(module: nn.Module, path: str, depth: int) -> Iterator[tuple[str, nn.
             yield from _towers(child, here, depth)
 
 
-def _layer(layer: nn.Module, depth: int) -> Facts:
-    facts: Facts = {}
+def _layer(layer: nn.Module, known: list[list[Any]]) -> Facts:
+    """Return the facts of one layer; `known` is what the config says of all, each a list."""
+    found: Facts = {}
     for path, module in layer.named_modules():
         stem = f"{path}." if path else ""
-        facts[f"{stem}class"] = type(module).__name__
+        found[f"{stem}class"] = type(module).__name__
         for name, parameter in module.named_parameters(recurse=False):
-            facts[f"{stem}{name}"] = tuple(parameter.shape)
+            found[f"{stem}{name}"] = tuple(parameter.shape)
         for name, buffer in module.named_buffers(recurse=False):
-            facts[f"{stem}{name}"] = buffer
+            found[f"{stem}{name}"] = buffer
         for name, value in vars(module).items():
             if name.startswith("_") or name in _OWN_NUMBER | _DEPTH or not _plain(value):
                 continue
-            if not isinstance(value, list) or len(value) != depth:  # or what all layers are
-                facts[f"{stem}{name}"] = value
-    return facts
+            if not isinstance(value, list) or value not in known:
+                found[f"{stem}{name}"] = value
+    return found
 
 
 def _plain(value: Any) -> bool:
@@ -168,19 +172,29 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Say whether two facts are equal; tensors without data are where their shapes are."""
     import torch
 
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and (one.is_meta or torch.equal(one, other))
+    if _same_shape(one, other):
+        return one.is_meta or torch.equal(one, other)
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         return False
     return bool(one == other)
 
 
+def _same_shape(one: Any, other: Any) -> bool:
+    import torch
+
+    both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return both and one.shape == other.shape
+
+
 def _show(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    return f"of shape {list(shape)}" if shape is not None else repr(value)
+    if value is _NOTHING:
+        return "nothing"
+    shape = value if isinstance(value, tuple) else getattr(value, "shape", None)
+    return repr(value) if shape is None else str(list(shape))
 
 
 def _constant(layers: Sequence[Facts]) -> Facts:
@@ -189,7 +203,7 @@ def _constant(layers: Sequence[Facts]) -> Facts:
     return {
         path: value
         for path, value in first.items()
-        if all(path in facts and _same(facts[path], value) for facts in rest)
+        if all(path in layer and same(layer[path], value) for layer in rest)
     }
 
 
@@ -197,7 +211,5 @@ def _same_around(mine: Facts, made: Facts) -> None:
     """Refuse models whose embeddings or heads have a size that follows from the depth."""
     for name in sorted(mine.keys() | made.keys()):
         if mine.get(name) != made.get(name):
-            what = f"{name} would have the shape {_show(made.get(name))}, and has"
-            raise LayerFieldError(
-                f"{what} {_show(mine.get(name))}: it follows the number of layers"
-            )
+            what = f"{name} would be {_show(made.get(name))}, and is {_show(mine.get(name))}"
+            raise LayerFieldError(f"{what}: it grows with the number of layers")

@@ -146,6 +146,7 @@ def plan_modules(
         if name not in known:
             what = f'{donor.label} has no module "{name}"{nearest(name, known)}'
             findings.error(what, f"It has {', '.join(known)}.", (*path, "modules", name))
+    _check_deepstack(recipe, donor, path, findings)
     if len(findings) > before:
         return None
     vocabulary = plan_vocabulary(
@@ -173,6 +174,22 @@ def plan_modules(
             notes.error(what, path=path)
     whole.finish()
     return _together(recipe, donor, [model for _, model in inputs], known, made, vocabulary)
+
+
+def _check_deepstack(recipe: ModulesRecipe, donor: Model, path: Path, findings: Findings) -> None:
+    """Report stacks that move text layers to which the model adds features of images by number."""
+    vision, text = donor.config.get("vision_config"), recipe.modules.get("text_decoder")
+    taps = vision.get("deepstack_visual_indexes") if isinstance(vision, dict) else None
+    if not taps or text is None or not text.slices:
+        return
+    ranges = [part.sources[0].layer_range for part in text.slices]
+    numbers = [number for start, end in ranges for number in range(start, end)]
+    for layer in range(len(taps)):
+        if numbers[layer : layer + 1] != [layer]:
+            what = f"{donor.label} adds features of images to its first {len(taps)} text layers"
+            fix = f"Begin the stack with layers 0 to {len(taps)}: layer {layer} would be another."
+            findings.error(what, fix, (*path, "modules", "text_decoder", "slices"))
+            return
 
 
 def _plan_module(

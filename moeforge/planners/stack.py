@@ -19,7 +19,7 @@ from moeforge.planners.merge import (
     same_shape,
     untie,
 )
-from moeforge.planners.model import Findings, Model, differences, listing, natural
+from moeforge.planners.model import Findings, Model, differences, listing, natural, towers
 from moeforge.planners.vocab import plan_vocabulary
 from moeforge.plans import PlannedTensor, Read, walk
 from moeforge.recipe import Slice, StackRecipe
@@ -68,6 +68,11 @@ def _check_ranges(
             what = f"{model.label}: no numbered layers found that match its config"
             fix = "Only models made of layers can be stacked; of several modules, each by itself: "
             findings.error(what, f"{fix}modules: {{NAME: {{slices: …}}}}.", here)
+        elif model is not None and (beside := _beside(model)):
+            what = f"{model.label}: {beside} is numbered like its layers, and lies outside them"
+            findings.error(
+                what, "Its layers cannot be stacked: a part of each would not move.", here
+            )
         elif model is not None and (start < 0 or max(start, end) > model.layers.count):
             count = model.layers.count
             what = f"layer_range [{start}, {end}], but {model.label} has {count} layers"
@@ -78,6 +83,15 @@ def _check_ranges(
     if len(lengths) > 1 and len(findings) == before:
         spans = ", ".join(str(list(source.layer_range)) for source in entry.sources)
         findings.error(f"the layer ranges of one slice differ in length: {spans}", path=path)
+
+
+def _beside(model: Model) -> str | None:
+    """Return the stem of numbered tensors outside the layers that there are as many of, or None."""
+    most = model.layers.count + 1
+    numbered = (name for name in model.tensors if name.rpartition(".")[2].isdigit())
+    stems = towers(f"{name}.all" for name in numbered).items()
+    near = [stem for stem, count in stems if most - 2 <= count <= most and count > 1]
+    return next((stem for stem in near if stem != model.layers.stem), None)
 
 
 def plan_stack(
