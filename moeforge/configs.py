@@ -51,6 +51,14 @@ def rope(config: Config) -> Config | None:
     return merged
 
 
+_ROTARY_PER_KIND = frozenset(
+    "beam cohere_compass_text dots3_note_text gemma3_text gemma3n_text gemma4_text "
+    "gemma4_unified_text laguna lfm3 mellum mimo_v2_flash modernbert-decoder olmo3 zaya".split()
+)
+"""Types that have rotary parameters for each kind of layer: transformers makes them of version 4's
+keys, and takes one set under version 5's key for something else."""
+
+
 def portable(config: Config, dtype: str | None = None) -> Config:
     """Return `config` so that transformers 4 and 5 and other engines read the same model.
 
@@ -68,7 +76,7 @@ def portable(config: Config, dtype: str | None = None) -> Config:
     if dtype:
         result["torch_dtype"] = result["dtype"] = dtype
     parameters = rope(config)
-    if parameters:
+    if parameters and config.get("model_type") not in _ROTARY_PER_KIND:
         result["rope_parameters"] = parameters
         result["rope_theta"] = parameters["rope_theta"]
         if "partial_rotary_factor" in parameters:
