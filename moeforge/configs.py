@@ -51,10 +51,12 @@ def rope(config: Config) -> Config | None:
     return merged
 
 
-_ROTARY_PER_KIND = frozenset(
-    "beam cohere_compass_text dots3_note_text gemma3_text gemma3n_text gemma4_text "
-    "gemma4_unified_text laguna lfm3 mellum mimo_v2_flash modernbert-decoder olmo3 zaya".split()
-)
+_ROTARY_PER_KIND = {
+    *("beam", "cohere_compass_text", "dots3_note_text", "gemma3_text"),
+    *("gemma3n_text", "gemma4_text", "gemma4_unified_text", "laguna"),
+    *("lfm3", "mellum", "mimo_v2_flash", "modernbert-decoder"),
+    *("olmo3", "zaya"),
+}
 """Types that have rotary parameters for each kind of layer: transformers makes them of version 4's
 keys, and takes one set under version 5's key for something else."""
 

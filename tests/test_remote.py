@@ -12,6 +12,7 @@ import tiny
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
+from test_every_family import TOLERANCE, measure
 from transformers import AutoModelForCausalLM
 
 from moeforge import forge
@@ -261,6 +262,51 @@ def test_widths_that_zeros_would_change_are_refused(models, tmp_path):
     base, wide = made(models, "bitnet", 1), made(models, "bitnet", 2, intermediate_size=144)
     with pytest.raises(PlanError, match="normalises over the width"):
         build(tmp_path / "out", base, [wide, base], pad_experts=True)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+VARIANTS = [
+    ("bloom", {"apply_residual_connection_post_layernorm": True, "slow_but_exact": True,
+               "pretraining_tp": 2}),
+    ("cohere", {"use_qk_norm": True}),
+    ("falcon", {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True}),
+    ("gemma2", {"tie_word_embeddings": False}),
+    ("gpt_bigcode", {"multi_query": False}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("hyperclovax", {"use_post_norm": True, "residual_multiplier": 0.5}),
+    ("llama", {"mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True}),
+    ("ministral3", {"rope_parameters": {**YARN, "rope_theta": 1e6, "llama_4_scaling_beta": 0.1}}),
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 0], "mlp_bias": True}),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
+    ("starcoder2", {"use_bias": False, "sliding_window": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "config"), VARIANTS)
+def test_variants_of_a_family_are_exact(kind, config, models, tmp_path):
+    base = made(models, kind, with_tokenizer=False, **config)
+    build(tmp_path / "out", base, [base] * 3)
+    assert measure(load(base), load(tmp_path / "out")) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "old"),
+    [
+        ("gemma3_text", {"rope_theta": 1e6, "rope_local_base_freq": 5e3,
+                         "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("olmo3", {"rope_theta": 5e5, "rope_scaling": YARN}),
+        ("phi", {"rope_theta": 25e3, "partial_rotary_factor": 0.25}),
+        ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 25000}),
+    ],
+)  # fmt: skip
+def test_configs_that_version_4_wrote(kind, old, models, tmp_path):
+    base = models.copy(made(models, kind, with_tokenizer=False), f"old-{kind}")
+    tiny.edit_config(base, rope_parameters=None, **old)
+    build(tmp_path / "out", base, [base] * 3)
+    assert measure(load(base), load(tmp_path / "out")) < TOLERANCE
 
 
 def test_experts_of_another_kind_are_refused(models, tmp_path):
