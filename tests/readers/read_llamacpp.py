@@ -3,6 +3,7 @@
 LLAMA_CPP names llama.cpp's source tree, for the script; the library is llama-cpp-python's.
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -38,6 +39,8 @@ def logits(folder, ids):
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "model.gguf"
         sys.argv = ["convert", str(folder), "--outtype", "f32", "--outfile", str(file)]
+        if json.loads((folder / "config.json").read_text())["model_type"].startswith("qwen3_5"):
+            sys.argv.append("--no-mtp")  # heads for several tokens at once, which the output lacks
         convert_hf_to_gguf.main()
         model = Llama(
             str(file),

@@ -7,7 +7,11 @@ from transformers import AutoModelForCausalLM
 
 def logits(folder, ids):
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=True,
+        output_loading_info=True,
     )
     wrong = {kind: sorted(names) for kind, names in info.items() if names}
     if wrong:

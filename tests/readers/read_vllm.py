@@ -12,6 +12,7 @@ def logits(folder, ids):
     model = LLM(
         str(folder),
         dtype="float32",
+        trust_remote_code=True,
         enforce_eager=True,
         max_model_len=64,
         max_num_seqs=2,
