@@ -10,11 +10,13 @@ from rich.table import Table
 from moeforge import catalog, engine, families, gates, methods
 from moeforge.dense import hidden_size
 from moeforge.engine import Settings
+from moeforge.families import _remote
 from moeforge.methods import REQUIRED, Method
 from moeforge.output.card import amount
 from moeforge.output.layout import lay_out
 from moeforge.planners.model import from_source
 from moeforge.plans import Plan, dump
+from moeforge.recipe import REMOTE
 from moeforge.sources import Source
 
 if TYPE_CHECKING:
@@ -147,6 +149,7 @@ def facts(source: Source) -> dict[str, Any]:
         dtypes[spec.dtype.name] = dtypes.get(spec.dtype.name, 0) + spec.numel
     kind = str(source.config.get("model_type"))
     homes = [family.model_type for family in families.candidates(kind)]
+    homes += [REMOTE] if kind in _remote.REMOTE else []
     return {
         "model": source.key,
         "architecture": (source.config.get("architectures") or ["unknown"])[0],
@@ -232,6 +235,9 @@ def shelf_rows(shelf: str) -> list[dict[str, Any]]:
             rows.append(
                 {"name": name, "prompts": "yes" if gate.needs_prompts else "no", "what": gate.title}
             )
+    if shelf == "families":
+        kinds = ", ".join(sorted(_remote.REMOTE))
+        rows.append({"name": REMOTE, "from": kinds, "class": "code of its own"})
     return rows
 
 
