@@ -136,7 +136,8 @@ def choose(
     if code:
         reason = remote.refuse(config, mixture)
         if not reason:
-            return Home(None, (*against, (REMOTE, f"taken: {remote.WHY}")), ())
+            why = remote.WHY if word == "auto" else "the recipe names it"
+            return Home(None, (*against, (REMOTE, f"taken: {why}")), ())
         against.append((REMOTE, reason))
     against += [(name, why) for name, why in NO_HOMES.items() if word != "auto" and word in name]
     kind = str(config.get("model_type"))

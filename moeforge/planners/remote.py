@@ -15,7 +15,7 @@ from moeforge.plans import ROUTERS, Plan, PlannedTensor, Read
 from moeforge.recipe import REMOTE
 from moeforge.tensors import DType, TensorSpec
 
-WHY = "no MoE architecture of transformers is exact, so the model brings code of its own"
+WHY = "no MoE architecture that other engines know is exact, so the model brings code of its own"
 TRUST = (
     f"the output comes with program text of its own, {_remote.FILE}: transformers loads it with "
     "trust_remote_code=True only, and other engines do not know it"
