@@ -13,7 +13,7 @@ ROOT = Path(moeforge.__file__).parent
 
 FLOORS = [
     {"errors", "version"},
-    {"tensors", "catalog", "configs", "dense", "vocabulary"},
+    {"tensors", "catalog", "configs", "dense", "vocabulary", "workers"},
     {"recipe", "plans", "sources", "forward", "module_weights", "routing"},
     {"methods", "families", "gates"},
     {"planners", "engine", "output", "proof", "targets"},
