@@ -13,7 +13,7 @@ import json
 import pytest
 import stack_table
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stack_table import origins, recipe
 from tiny import LAYERS, SHAPE, edit_config
 from torch import nn
@@ -93,7 +93,7 @@ def surroundings(call):
     """What a layer is given apart from hidden states: masks and positions."""
     kwargs = call[1]
     return [
-        tensor.float()
+        tensor
         for name in sorted(kwargs)
         if "mask" in name or "position" in name
         for tensor in tensors(kwargs[name])
@@ -323,6 +323,25 @@ def test_layers_that_share_keys_and_values_stay_at_the_end(models, tmp_path):
         plan([folder], [(0, 0, 2), (0, 0, 4)])
 
 
+def test_layers_that_predict_further_tokens_are_left_out(models):
+    """DeepSeek-V3 and GLM-4.5 number them after the last layer; transformers does not load them."""
+    original = models("deepseek_v3", with_tokenizer=False, **ZOO["deepseek_v3"])
+    folder = models.copy(original, "predicting")
+    tensors = load_file(folder / "model.safetensors")
+    last = {n: t for n, t in tensors.items() if n.startswith("model.layers.3.")}
+    more = {n.replace("layers.3.", "layers.4."): t.clone() for n, t in last.items()}
+    save_file({**tensors, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, num_nextn_predict_layers=1)
+    made = plan([folder], [(0, 0, 3), (0, 1, 4)])
+    assert made.config["num_nextn_predict_layers"] == 0
+    assert {name for name in made.left_out if "layers.4." in name} == {
+        f"{folder}: {n}" for n in more
+    }
+    assert max(int(t.name.split(".")[2]) for t in made.tensors if ".layers." in t.name) == 5
+    with pytest.raises(PlanError, match="has 4 layers"):
+        plan([folder], [(0, 0, 5)])
+
+
 # --- towers --------------------------------------------------------------------------------------
 
 
@@ -381,6 +400,14 @@ def test_a_rule_that_nobody_knows_is_refused(models, monkeypatch):
     assert plan([folder], [(0, 0, 3)])
     with pytest.raises(PlanError, match=r"layer 3 of the stack would have damping 0\.25"):
         plan([folder], [(0, 0, 3), (0, 1, 4)])
+
+
+def test_layers_of_any_size_are_compared():
+    """Experts of terabytes, of which no number is made."""
+    settings = {**SHAPE, **ZOO["deepseek_v3"], "n_routed_experts": 512}
+    config = raw("deepseek_v3", {**settings, "moe_intermediate_size": 1 << 24})
+    layers, _ = layer_proof.facts(config)
+    assert layers[1]["mlp.experts.down_proj"] == (512, 64, 1 << 24)
 
 
 def test_settings_of_whole_models_that_differ_are_noted(models):

@@ -6,7 +6,9 @@ them layer by layer; knows no family by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from moeforge.configs import Config
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 _OWN_NUMBER = {"layer_idx", "layer_id", "layer_number", "layer_index"}
 """What a layer calls its number, which says where its cache lies."""
 _NOTHING = object()
+_LARGE = 1 << 22
+"""Elements from which on a new tensor is a weight, whose numbers do not matter."""
 _DEPTH = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 
 Facts = dict[str, Any]
@@ -113,7 +117,7 @@ def facts(config: Config) -> tuple[list[Facts], Facts]:
     from moeforge.forward import quiet, skeleton
 
     try:
-        with quiet():
+        with quiet(), _large_without_data():
             model = skeleton(plain(config), attention="eager")
     except Exception as error:  # what a family raises at a config that it cannot build
         reason = str(error).strip().splitlines()[-1].strip()
@@ -133,6 +137,29 @@ def facts(config: Config) -> tuple[list[Facts], Facts]:
     return [_layer(layer, known) for layer in tower], {
         name: shape for name, shape in around.items() if not name.startswith(f"{stem}.")
     }
+
+
+@contextmanager
+def _large_without_data() -> Iterator[None]:
+    """Make tensors too large to be a table without data, from the start: all experts of a layer."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    made = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn}
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func in made:
+                shape = args[0] if args and isinstance(args[0], (list, tuple)) else args
+                if math.prod(shape) > _LARGE:
+                    kwargs = {**kwargs, "device": "meta"}
+            return func(*args, **kwargs)
+
+    with Mode():
+        yield
 
 
 def _towers(module: nn.Module, path: str, depth: int) -> Iterator[tuple[str, nn.ModuleList]]:

@@ -20,6 +20,7 @@ from moeforge.planners.merge import (
     untie,
 )
 from moeforge.planners.model import Findings, Model, differences, listing, natural, towers
+from moeforge.planners.prediction import without_prediction
 from moeforge.planners.vocab import plan_vocabulary
 from moeforge.plans import PlannedTensor, Read, walk
 from moeforge.recipe import Slice, StackRecipe
@@ -85,6 +86,17 @@ def _check_ranges(
         findings.error(f"the layer ranges of one slice differ in length: {spans}", path=path)
 
 
+def _without_prediction(resolve: Resolve) -> Resolve:
+    """Return `resolve` for models without layers that predict further tokens, each made once."""
+    made: dict[str, Model] = {}
+
+    def plain(entry: Any, path: Path) -> Model | None:
+        model = resolve(entry, path)
+        return None if model is None else made.setdefault(model.label, without_prediction(model))
+
+    return plain
+
+
 def _beside(model: Model) -> str | None:
     """Return the stem of numbered tensors outside the layers that there are as many of, or None."""
     most = model.layers.count + 1
@@ -108,6 +120,7 @@ def plan_stack(
     Embeddings come from the sources of the first slice, final norm and head from the last slice's.
     """
     around = around or Around()
+    resolve = _without_prediction(resolve)
     scope = Scope(recipe.parameters, (*path, "parameters"))
     dtype = recipe.out_dtype or recipe.dtype
     combiner = Combiner(recipe.merge_method, dtype, path, findings, notes, seed, used=around.used)
