@@ -291,15 +291,17 @@ def losses(
 
 
 def _load_head(walk: _Walk, read: ReadTensor) -> None:
-    """Load the output head; checkpoints that tie it to the embeddings do not have it."""
+    """Load what is outside the decoder; checkpoints that tie their head to embeddings lack it."""
     model: Any = walk.model
+    head = model.get_output_embeddings()
+    names = [f"{name}.weight" for name, module in model.named_modules() if module is head]
 
     def tied(name: str) -> Tensor:
         try:
             return read(name)
         except KeyError:
-            if not model.config.tie_word_embeddings or not name.endswith(".weight"):
+            if not model.config.tie_word_embeddings or name not in names:
                 raise
             return read(walk.place.embeddings)
 
-    ModuleWeights(model, tied, walk.device).load(model.get_output_embeddings())
+    ModuleWeights(model, tied, walk.device).load(model, [model.base_model])
