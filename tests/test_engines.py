@@ -78,6 +78,8 @@ ATTENTION = {
     "position_embedding_type": "rope",
     "mamba_d_head": 64,
 }
+WIDE_MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
+"""Of DeepSeek's own size: vLLM knows no other."""
 MULTIPLIERS = {
     "attention_multiplier": 0.2,
     "embedding_multiplier": 3.0,
@@ -135,7 +137,7 @@ MIXTURES = {
     "hyperclovax": ("granitemoe", "hyperclovax", {"use_post_norm": False, **MULTIPLIERS}),
     "glm": ("glm4_moe", "glm", {}),
     "glm-shared": ("glm4_moe", "glm", {}),
-    "youtu-shared": ("deepseek_v3", "youtu", {}),
+    "youtu-shared": ("deepseek_v3", "youtu", WIDE_MLA),
     "dots-shared": ("dots1", "qwen3", {**SLIDING, **PLAIN, "num_key_value_heads": 4}),
     "hunyuan-shared": ("hunyuan_v1_moe", "hunyuan_v1_dense", PLAIN),
     "granite-half": ("granitemoeshared", "granite", {**MULTIPLIERS, **PLAIN}),
@@ -296,6 +298,8 @@ def test_an_engine_reads_the_same_model_or_check_says_why_not(case, reader, buil
         found if isinstance(found, str) else f"max |Δlogit| {np.abs(found - expected).max():.2g}"
     )
     print(f"{engine} {case}: {worst}; {[finding.what for finding in told]}")
+    if any("nobody has looked" in note.what for note in notes if not note.warning):
+        pytest.skip(f"nothing is claimed of {case} in {engine}; {worst}")
     assert agrees is not bool(told), f"{worst}; check --target {engine} says {told}"
 
 

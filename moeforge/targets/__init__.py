@@ -21,7 +21,8 @@ _MOST = "mixtral qwen2_moe qwen3_moe granitemoe ernie4_5_moe deepseek_v3 dots1 d
 RUN = {
     "transformers4": f"{_MOST} granitemoeshared granitemoehybrid hunyuan_v1_moe flex_olmo "
     "moeforge_gemma2 moeforge_gpt2",
-    "vllm": "mixtral qwen2_moe qwen3_moe granitemoe",
+    "vllm": f"{_MOST} granitemoeshared granitemoehybrid granitemoe_swa mellum cohere2_moe "
+    "lfm2_moe hunyuan_v1_moe gemma4_text flex_olmo",
     "llama.cpp": f"{_MOST} granitemoeshared granitemoehybrid granitemoe_swa mellum cohere2_moe "
     "qwen3_5_moe_text lfm2_moe hunyuan_v1_moe gemma4_text",
     "mlx": f"{_MOST} granitemoehybrid mellum lfm2_moe gemma4_text",
@@ -42,8 +43,12 @@ qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen4_exp qwen4_exp_text solar
 }
 """Model types that the engine does not have."""
 
-NO_CODE = ("llama.cpp", "mlx")
-"""Engines that run no program text of a model's own."""
+CODE = {
+    "llama.cpp": "runs no code of a model's own",
+    "mlx": "runs no code of a model's own",
+    "vllm": "does not run this model's own code: it asks for AutoModel in auto_map",
+}
+"""What engines say to program text that a model brings, where they do not run it."""
 
 _COMPARE = "Compare its logits before you rely on it."
 Findings = tuple[Finding, ...]
@@ -79,8 +84,8 @@ def report(plan: Plan, target: str) -> tuple[Findings, Findings]:
     if kind in ABSENT[target].split():
         what = f"{engine} has no {kind}"
         return (Finding(what, "Choose another architecture, or another --target."),), ()
-    if plan.code and target in NO_CODE:
-        what = f"{engine} runs no code of a model's own ({', '.join(plan.code)})"
+    if plan.code and target in CODE:
+        what = f"{engine} {CODE[target]} ({', '.join(plan.code)})"
         return (Finding(what, "Choose an architecture other than remote."),), ()
     if plan.experts is None:
         return (), (Finding(f"{engine} reads this like any other {kind} model"),)

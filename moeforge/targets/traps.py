@@ -47,6 +47,13 @@ def mixed_windows(config: Config) -> str:
     return "does not read layer_types here, by which some layers of this model slide"
 
 
+def some_slide(config: Config) -> str:
+    """Layers that slide beside layers that do not, of which the engine makes something else."""
+    if len(set(config["layer_types"])) == 1:
+        return ""
+    return "computes other numbers beyond the window where only some layers slide (layer_types)"
+
+
 def no_window(config: Config) -> str:
     """An architecture of sliding layers, without one."""
     if "sliding_attention" in (config.get("layer_types") or ()):
@@ -170,7 +177,13 @@ ROPES: dict[str, dict[str, str]] = {
         "deepseek_v3": "yarn",
         "flex_olmo": "linear",
     },
-    "vllm": {"mixtral": "linear llama3 yarn", "qwen3_moe": "yarn"},
+    "vllm": {
+        "mixtral": "linear llama3 yarn longrope",
+        "qwen3_moe": "yarn",
+        "granitemoe": "yarn",
+        "glm4_moe": "longrope",
+        "cohere2_moe": "linear",
+    },
     "llama.cpp": {
         "mixtral": "linear llama3 yarn",
         "qwen3_moe": "yarn",
@@ -185,6 +198,7 @@ _GRANITE = "Write architecture: granitemoe."
 _SHORT = "Keep texts below that length, or choose models without a window."
 _OTHER = "Choose models without it, or another --target."
 _SHARED = "Give shared_experts."
+_ON_CPU = "computes other numbers on a CPU; on a GPU nobody has looked"
 _QWEN = "mixtral qwen2_moe qwen3_moe"
 
 TRAPS: dict[str, tuple[Trap, ...]] = {
@@ -195,6 +209,11 @@ TRAPS: dict[str, tuple[Trap, ...]] = {
     "vllm": (
         Trap("mixtral granitemoe", activation, _ACT),
         Trap("qwen2_moe", mixed_windows, _OTHER),
+        Trap("cohere2_moe", some_slide, _OTHER),
+        Trap("glm4_moe dots1 deepseek_v3", no_shared, _SHARED),
+        Trap("deepseek_v3", always(_ON_CPU), "Compare its logits on yours.", warning=True),
+        Trap("lfm2_moe", always("computes other numbers from the second token on"), _OTHER),
+        Trap("dbrx flex_olmo", always("does not load this architecture"), _OTHER),
         Trap("granitemoe", biases("leaves attention biases out without a word"), _OTHER),
         Trap("qwen3_moe", biases("leaves the bias of o_proj out without a word"), _OTHER),
     ),
