@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_ROUTER = re.compile(r"\.(\d+)\.(?:[a-z_]+\.)?(?:gate|router|gate\.wg|router\.layer|router\.proj)$")
+_ROUTER = re.compile(
+    r"\.(\d+)\.(?:[a-z]\w*\.){0,2}(?:gate|router|gate\.wg|router\.layer|router\.proj)$"
+)
 """Module that owns a router's weight, below its layer's number."""
 _BIASES = ("e_score_correction_bias", "moe_statics.e_score_correction_bias", "expert_bias")
 _PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "top_k")
@@ -56,13 +58,34 @@ class Router:
         Scores of the chosen, divided by their sum: what every supported family computes, up to
         constants added to the sum against division by zero.
         """
-        import torch
+        return shares(logits, self.per_token, sigmoid=self.sigmoid, bias=self.bias)
 
-        scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
-        order = scores if self.bias is None else scores + self.bias.float().reshape(-1)
-        chosen = order.topk(self.per_token, dim=-1).indices
-        kept = torch.zeros_like(scores).scatter(-1, chosen, scores.gather(-1, chosen))
-        return kept / kept.sum(-1, keepdim=True)
+
+def scored(logits: Tensor, *, sigmoid: bool) -> Tensor:
+    """Return the scores [tokens, E] of logits: sigmoids, or their softmax."""
+    return logits.sigmoid() if sigmoid else logits.softmax(-1)
+
+
+def chosen(scores: Tensor, per_token: int, bias: Tensor | None) -> Tensor:
+    """Return the numbers [tokens, per_token] of the experts that tokens go to.
+
+    Args:
+        scores: [tokens, E].
+        per_token: experts for each token.
+        bias: what is added to the scores for this only, E elements, or None.
+    """
+    order = scores if bias is None else scores + bias.to(scores).reshape(-1)
+    return order.topk(per_token, dim=-1).indices
+
+
+def shares(logits: Tensor, per_token: int, *, sigmoid: bool, bias: Tensor | None = None) -> Tensor:
+    """Return the weights [tokens, E] with which experts count, as `Router.shares` does."""
+    import torch
+
+    scores = scored(logits, sigmoid=sigmoid)
+    places = chosen(scores, per_token, bias)
+    kept = torch.zeros_like(scores).scatter(-1, places, scores.gather(-1, places))
+    return kept / kept.sum(-1, keepdim=True)
 
 
 def _per_token(config: Any) -> int:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from moeforge import forge
 from moeforge.errors import PlanError
 from moeforge.forward import quiet
+from moeforge.routing import routers
 
 KINDS = ["gemma2", "gpt2", "opt", "bloom"]
 """Gated MLPs; Conv1D and other names; an MLP that is no module; one that adds the residual."""
@@ -87,6 +88,7 @@ def test_each_token_gets_the_shares_of_its_experts(kind, models, tmp_path):
     shared = [{"source_model": str(folders[2]), "residual_scale": 2.0}]
     plan = build(tmp_path / "out", base, experts, layers=[1, 3], shared_experts=shared).plan
     model, seen = load(tmp_path / "out"), {}
+    assert [router.layer for router in routers(model)] == [1, 3]
     for index in (1, 3):
         blocks(model, kind)[index].register_forward_hook(
             lambda module, given, output, index=index: seen.update({index: (given, output)})
