@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import moeforge
-from moeforge import targets
+from moeforge import catalog, targets
 from moeforge.cli import app
 from moeforge.errors import RecipeError
 from moeforge.plans import Fill, PlannedTensor
@@ -114,6 +115,24 @@ def test_stacks_are_read_like_their_models(llamas):
     slices = [{"sources": [{"model": str(llamas[0]), "layer_range": [0, 2]}]}]
     recipe = {"merge_method": "passthrough", "slices": slices}
     assert told(recipe, "mlx") == ([], ["mlx-lm reads this like any other llama model"])
+
+
+def test_the_page_has_a_row_for_every_family_and_says_the_same():
+    page = Path(__file__).parent.parent / "docs" / "engines.md"
+    rows = [line.strip("| ").split(" | ") for line in page.read_text().splitlines()]
+    cells = {
+        row[0]: dict(zip(targets.TARGETS, row[2:], strict=True)) for row in rows if len(row) == 6
+    }
+    assert set(catalog.names("families")) <= set(cells)
+    for family in catalog.names("families"):
+        for target in targets.TARGETS:
+            cell = cells[family][target]
+            absent, run = (
+                family in table[target].split() for table in (targets.ABSENT, targets.RUN)
+            )
+            assert absent is cell.startswith("✗ not there"), (family, target)
+            assert cell == "\u2013" or run or absent, (family, target)
+            assert not (run and absent)
 
 
 def test_the_command_line(models, tmp_path):
