@@ -222,13 +222,12 @@ class Experts:
         labels: name of each expert.
         per_token: experts that each token passes through.
         gate_mode: entry of the gates shelf.
-        routers: name of the router weight of each layer that has experts; read from the source
-            ROUTERS.
+        routers: name of the router weight of each layer with experts, read from source ROUTERS.
         layers: numbers of these layers.
         parameters: parameters of all experts together; the rest is always active.
         shared: name of each shared expert.
-        shared_gates: names of the weights [1, hidden] of sigmoid gates on the shared expert that
-            the gate mode makes, one for each of `routers`; empty where it makes none.
+        shared_gates: name of each gate [1, hidden] on the shared expert that it makes, if any.
+        biases: name of each selection bias that it makes, if any.
         considered: for each home that was thought of, its name and why it was taken or not.
     """
 
@@ -242,6 +241,7 @@ class Experts:
     parameters: int
     shared: tuple[str, ...] = ()
     shared_gates: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
     considered: tuple[tuple[str, str], ...] = ()
 
 

@@ -178,12 +178,6 @@ def test_a_module_has_not_both():
     assert "either models or slices" in what
 
 
-def test_keys_that_are_known_but_not_supported_are_said_to_be():
-    ((_, path, what),) = mistakes(moe(gate_parameters={}))
-    assert path == "$.gate_parameters"
-    assert what == '"gate_parameters" is not supported by this version of moeforge'
-
-
 @pytest.mark.parametrize(
     ("recipe", "path", "said"),
     [

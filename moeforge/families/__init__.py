@@ -163,6 +163,8 @@ class Family:
         flat: tensors stacked over experts keep two dimensions, the experts' rows one after the
             other, and down projections are stored the other way round (dbrx).
         score: what turns router logits into scores, "softmax" or "sigmoid".
+        selection_bias: template of what is added to the scores of experts for choosing among them,
+            and not for weighing them; one of `sparse_fills`, "" if there is none.
     """
 
     model_type: str
@@ -185,6 +187,7 @@ class Family:
     shared: Shared | None = None
     flat: bool = False
     score: str = "softmax"
+    selection_bias: str = ""
 
     @property
     def mlp(self) -> tuple[str, ...]:

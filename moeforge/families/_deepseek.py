@@ -12,6 +12,7 @@ _MLP = "model.layers.{layer}.mlp"
 _SHARED = f"{_MLP}.shared_experts"
 
 ROUTER = f"{_MLP}.gate.weight"
+BIAS = f"{_MLP}.gate.e_score_correction_bias"
 EXPERTS = each(f"{_MLP}.experts.{{expert}}")
 DENSE_MLP = each(_MLP)
 SHARED = Shared(each(_SHARED), step=lambda config, mixture: mixture.width)
@@ -25,9 +26,7 @@ _EMPTY_ROWS = Fill(_unless_shared(lambda config, mixture: (0, config["hidden_siz
 _EMPTY_COLUMNS = Fill(_unless_shared(lambda config, mixture: (config["hidden_size"], 0)))
 FILLS = {
     # Float32 in every dtype of the model: it decides close calls between experts.
-    f"{_MLP}.gate.e_score_correction_bias": Fill(
-        lambda config, mixture: (mixture.experts,), dtype="float32"
-    ),
+    BIAS: Fill(lambda config, mixture: (mixture.experts,), dtype="float32"),
     f"{_SHARED}.gate_proj.weight": _EMPTY_ROWS,
     f"{_SHARED}.up_proj.weight": _EMPTY_ROWS,
     f"{_SHARED}.down_proj.weight": _EMPTY_COLUMNS,

@@ -7,6 +7,7 @@ from moeforge.families import Accept, Family, Fill, Mixture, Shared, each
 from moeforge.families._sparse import spaced_layers
 
 _MLP = "model.layers.{layer}.mlp"
+_BIAS = f"{_MLP}.moe_statics.e_score_correction_bias"
 
 
 def refuse(dense: Config, mixture: Mixture) -> str:
@@ -47,12 +48,9 @@ FAMILY = Family(
     config=config,
     refuse=refuse,
     exotic=exotic,
-    sparse_fills={
-        f"{_MLP}.moe_statics.e_score_correction_bias": Fill(
-            lambda config, mixture: (1, mixture.experts), dtype="float32"
-        )
-    },
+    sparse_fills={_BIAS: Fill(lambda config, mixture: (1, mixture.experts), dtype="float32")},
     dense_mlp=each(_MLP),
     sparse=spaced_layers,
     shared=Shared(each(f"{_MLP}.shared_experts"), step=lambda config, mixture: mixture.width),
+    selection_bias=_BIAS,
 )

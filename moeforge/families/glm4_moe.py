@@ -86,4 +86,5 @@ FAMILY = Family(
     sparse=leading_dense,
     shared=deepseek.SHARED,
     score="sigmoid",
+    selection_bias=deepseek.BIAS,
 )

@@ -9,6 +9,7 @@ from moeforge.families._sparse import leading_dense
 from moeforge.families._transforms import renamed
 
 _LAYER = "model.layers.{layer}"
+_BIAS = f"{_LAYER}.feed_forward.expert_bias"
 _NAMES = {"w1.": "gate_proj.", "w2.": "down_proj.", "w3.": "up_proj."}
 _NORMS = ("operator_norm.weight", "ffn_norm.weight")
 _CONVOLUTION = tuple(f"conv.{part}.weight" for part in ("conv", "in_proj", "out_proj"))
@@ -97,11 +98,7 @@ FAMILY = Family(
     layer=layer,
     optional=tuple(f"conv.{part}.bias" for part in ("conv", "in_proj", "out_proj")),
     outside=(EMBEDDINGS, "model.embedding_norm.weight"),
-    sparse_fills={
-        f"{_LAYER}.feed_forward.expert_bias": Fill(
-            lambda config, mixture: (mixture.experts,), dtype="float32"
-        )
-    },
+    sparse_fills={_BIAS: Fill(lambda config, mixture: (mixture.experts,), dtype="float32")},
     dense_mlp={
         f"{_LAYER}.feed_forward.w1.weight": ("gate_proj.weight",),
         f"{_LAYER}.feed_forward.w2.weight": ("down_proj.weight",),
@@ -109,4 +106,5 @@ FAMILY = Family(
     },
     sparse=sparse,
     score="sigmoid",
+    selection_bias=_BIAS,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from moeforge.configs import Config, portable
 from moeforge.dense import EMBEDDINGS, HEAD
@@ -114,6 +115,7 @@ class Assembly:
         self.routed_gate = (
             self.gated and len(parts.shared) == 1 and bool(parts.shared[0].entry.has_prompts)
         )
+        self.routed_bias = family.selection_bias if parts.recipe.gate_parameters.balanced else ""
 
     def plan(self, home: Home, notes: Findings) -> Plan:
         """Return the plan; `notes` go into it."""
@@ -134,10 +136,11 @@ class Assembly:
         )
         experts = parts.experts_of(family.model_type, routers, parameters)
         if self.routed_gate and family.shared:
-            from dataclasses import replace
-
             gates = tuple(family.shared.gate.format(layer=layer) for layer in sparse)
             experts = replace(experts, shared_gates=gates)
+        if self.routed_bias:
+            biases = tuple(self.routed_bias.format(layer=layer) for layer in sparse)
+            experts = replace(experts, biases=biases)
         return Plan(
             "moe",
             tensors,
@@ -204,7 +207,9 @@ class Assembly:
             name, shape = template.format(layer=index), fill.shape(self.config, self.mixture)
             dtype = BY_NAME[fill.dtype] if fill.dtype else self.main_dtype
             if shape and name not in taken:
-                yield PlannedTensor(name, TensorSpec(dtype, shape), FillExpr(fill.value))
+                made = template == self.routed_bias
+                expr = Read(ROUTERS, name) if made else FillExpr(fill.value)
+                yield PlannedTensor(name, TensorSpec(dtype, shape), expr)
 
     def _dense(self, index: int) -> Iterator[PlannedTensor]:
         """Yield the MLP of a layer without experts: the base's."""

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from moeforge.errors import Finding, RecipeError
 from moeforge.recipe import document, prompts
 from moeforge.recipe.document import Document
+from moeforge.recipe.gating import GateParameters
 from moeforge.recipe.kinds import average, parse_kind
 from moeforge.recipe.mixture import NO_HOMES, REMOTE, Expert, LayerSource, MoeRecipe
 from moeforge.recipe.prompts import Prompt
@@ -35,6 +36,7 @@ __all__ = [
     "Combination",
     "Document",
     "Expert",
+    "GateParameters",
     "LayerSource",
     "LoadedRecipe",
     "MergeRecipe",

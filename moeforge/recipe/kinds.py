@@ -34,7 +34,7 @@ def parse_kind(data: dict[str, Any]) -> Recipe:
     present = [key for key in KINDS if key in data]
     if not present:
         # Guess the kind from a misspelt key, so that the message can name the right word.
-        fields = {name for kind in KINDS.values() for name in (*kind.model_fields, *kind.not_yet)}
+        fields = {name for kind in KINDS.values() for name in kind.model_fields}
         present = [found for key in data if key not in fields and (found := closest(key, KINDS))]
     if len(present) == 1:
         return KINDS[present[0]].model_validate(data)

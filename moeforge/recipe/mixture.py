@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 
 from moeforge import catalog
 from moeforge.recipe.document import unknown
+from moeforge.recipe.gating import GateParameters
 from moeforge.recipe.schema import (
     Finite,
     LayerRange,
@@ -18,7 +19,7 @@ from moeforge.recipe.schema import (
     or_no_entries,
     parse_model,
 )
-from moeforge.recipe.strict import Strict, show, wrong
+from moeforge.recipe.strict import Strict, or_empty, show, wrong
 
 REMOTE = "remote"
 """The word for a mixture with modeling code of its own."""
@@ -143,10 +144,9 @@ class MoeRecipe(Recipe):
         shared_experts: models whose MLPs every token passes through, beside the chosen experts.
         layers: which layers have experts; the others keep the base's MLP. "all", a list of layer
             numbers and [start, end) ranges, or regular distances.
+        gate_parameters: how the gate mode makes router weights; only `fitted` has any.
         pad_experts: fill MLPs of unequal width up with zeros, which changes nothing but the size.
     """
-
-    not_yet = ("gate_parameters",)
 
     base_model: Model
     experts: tuple[Expert, ...] = Field(min_length=1)
@@ -154,6 +154,7 @@ class MoeRecipe(Recipe):
     experts_per_token: int = Field(default=2, ge=1)
     architecture: Annotated[str, AfterValidator(_architecture)] = "auto"
     gate_mode: Annotated[str, AfterValidator(_gate_mode)] = "fitted"
+    gate_parameters: Annotated[GateParameters, BeforeValidator(or_empty)] = GateParameters()
     layers: Annotated[Any, BeforeValidator(_layers)] = "all"
     pad_experts: bool = False
     seed: Seed = 0
@@ -177,6 +178,23 @@ class MoeRecipe(Recipe):
         if not chosen:
             raise ValueError(f"no layer is left: the base has {depth}")
         return tuple(layer in chosen for layer in range(depth))
+
+    @field_validator("gate_parameters", mode="before")
+    @classmethod
+    def _of_this_mode(cls, value: Any, info: ValidationInfo) -> Any:
+        mode = info.data.get("gate_mode", "fitted")
+        if value and mode != "fitted":
+            given = ", ".join(map(str, value)) if isinstance(value, dict) else show(value)
+            raise wrong(f"gate mode {mode} has no parameters, got {given}; only fitted has any")
+        return value
+
+    @field_validator("gate_parameters")
+    @classmethod
+    def _load_is_possible(cls, parameters: GateParameters, info: ValidationInfo) -> GateParameters:
+        experts, per_token = info.data.get("experts"), info.data.get("experts_per_token")
+        if experts and per_token and (reason := parameters.misfit(len(experts), per_token)):
+            raise wrong(reason)
+        return parameters
 
     @field_validator("experts_per_token")
     @classmethod

@@ -5,7 +5,7 @@ Knows pydantic; knows no key of any recipe.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import (
     BaseModel,
@@ -39,7 +39,6 @@ class Strict(BaseModel):
     """A mapping whose unknown keys are errors that name the nearest known key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-    not_yet: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="wrap")
     @classmethod
@@ -52,14 +51,11 @@ class Strict(BaseModel):
         problems: list[InitErrorDetails] = []
         meant = set()
         for key in data:
-            if key in cls.not_yet:
-                message = f'"{key}" is not supported by this version of moeforge'
-            elif key not in known:
-                hint = nearest(key, known) or f". Known here: {', '.join(known)}."
-                message = f'unknown key "{key}"{hint}'
-                meant.add(closest(key, known))
-            else:
+            if key in known:
                 continue
+            hint = nearest(key, known) or f". Known here: {', '.join(known)}."
+            message = f'unknown key "{key}"{hint}'
+            meant.add(closest(key, known))
             problems.append({"type": wrong(message), "loc": (key,), "input": None})
         result = None
         try:
