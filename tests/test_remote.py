@@ -264,6 +264,9 @@ def test_widths_that_zeros_would_change_are_refused(models, tmp_path):
     base, wide = made(models, "bitnet", 1), made(models, "bitnet", 2, intermediate_size=144)
     with pytest.raises(PlanError, match="normalises over the width"):
         build(tmp_path / "out", base, [wide, base], pad_experts=True)
+    square = made(models, "phi", 1, intermediate_size=tiny.HIDDEN)
+    with pytest.raises(PlanError, match="cannot be told from the hidden size 64"):
+        build(tmp_path / "out", made(models, "phi", 1), [square, square], pad_experts=True)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

@@ -69,12 +69,12 @@ class Mlps:
         """Return the module that has the router and the experts of a layer."""
         return f"{self._place.layers}{layer}.{self._place.mlp}"
 
-    def _served(self) -> Iterator[tuple[Model, int, Path]]:
-        """Yield every model, layer and place in the recipe of an MLP that is an expert."""
+    def _served(self) -> Iterator[tuple[ExpertParts, int]]:
+        """Yield every expert and every layer that it has an MLP in."""
         for expert in (*self._parts.experts, *self._parts.shared):
             for layer, sparse in enumerate(self._parts.mixture.sparse):
                 if sparse:
-                    yield expert.models[layer], layer, expert.path
+                    yield expert, layer
 
     def _names_fit(self, findings: Findings, path: Path) -> bool:
         """Say whether every MLP is made of the tensors that the base's is; report those not."""
@@ -84,44 +84,42 @@ class Mlps:
             what = f"{base.label} has no tensors {self.block(absent[0])}.*"
             findings.error(what, "Download or export it again.", (*path, "base_model"))
             return False
-        for model, layer, where in self._served():
+        for expert, layer in self._served():
+            label, block = expert.models[layer].label, self.block(layer)
             mine = self._found[base.label][layer]
-            theirs = self._found[model.label].get(layer, {})
-            stem = self.block(layer)
+            theirs = self._found[label].get(layer, {})
             if extra := sorted(set(theirs) - set(mine)):
-                what = f"{model.label} has {listing(extra)} in {stem}, the base has not"
-                findings.error(what, "Use fine-tunes of the base.", where)
+                what = f"{label} has {listing(extra)} in {block}, the base has not"
+                findings.error(what, "Use fine-tunes of the base.", expert.path)
             if missing := sorted(set(mine) - set(theirs)):
-                what = f"{model.label} lacks {listing(missing)} in {stem}"
-                findings.error(what, "Use fine-tunes of the base.", where)
-            factors = [e.entry.residual_scale for e in self._parts.experts if e.path == where]
-            if factors and factors[0] != 1.0 and not any(map(_OUTPUT.match, theirs)):
+                what = f"{label} lacks {listing(missing)} in {block}"
+                findings.error(what, "Use fine-tunes of the base.", expert.path)
+            if expert.entry.residual_scale != 1.0 and not any(map(_OUTPUT.match, theirs)):
                 what = f"residual_scale: which of {listing(sorted(theirs))} it scales is not known"
-                findings.error(what, "Leave it out.", where)
+                findings.error(what, "Leave it out.", expert.path)
         return len(findings) == before
 
     def _choose_width(self, findings: Findings, path: Path) -> None:
-        """Find the width of all MLPs; report what zeros cannot fill up to it."""
-        base, differing = self._parts.base, False
-        for model, layer, where in self._served():
-            mine, theirs = self._found[base.label][layer], self._found[model.label][layer]
-            for name, tensor in theirs.items():
-                if tensor.spec.shape == mine[name].spec.shape:
-                    continue
-                differing = True
-                if not self._parts.recipe.pad_experts:
-                    what = f"{model.label}: {self.block(layer)}.{name} is {list(tensor.spec.shape)}"
-                    fix = "Use fine-tunes of the base, or pad_experts: true to fill up with zeros."
-                    findings.error(f"{what}, the base's {list(mine[name].spec.shape)}", fix, where)
+        """Find the width of all MLPs; report those that differ where zeros may not fill them up."""
+        base = self._parts.base
+        differing: set[str] = set()
+        for expert, layer in self._served():
+            mine, label = self._found[base.label][layer], expert.models[layer].label
+            for name, tensor in self._found[label][layer].items():
+                shape, wanted = list(tensor.spec.shape), list(mine[name].spec.shape)
+                if shape != wanted and label not in differing:
+                    differing.add(label)
+                    if not self._parts.recipe.pad_experts:
+                        what = f"{label} has {self.block(layer)}.{name} {shape}, the base {wanted}"
+                        fix = "Use fine-tunes of the base, or pad_experts: true."
+                        findings.error(what, fix, expert.path)
         if not differing or not self._parts.recipe.pad_experts:
             return
         own = self._width_of(base, 0)
-        self._width = max(
-            own, *(self._width_of(model, layer) for model, layer, _ in self._served())
-        )
-        config = base.config
-        keys = [key for key in _WIDTHS if config.get(key, "") in (own, None)]
-        if reason := self._no_zeros(base, own, keys):
+        widths = {own, *(self._width_of(e.models[layer], layer) for e, layer in self._served())}
+        self._width = max(widths)
+        keys = [key for key in _WIDTHS if base.config.get(key, "") in (own, None)]
+        if reason := self._no_zeros(base, own, widths, keys):
             what = f"experts of unequal width: {reason}"
             findings.error(what, "Use experts as wide as the base.", (*path, "pad_experts"))
         self.resized = dict.fromkeys(keys, self._width)
@@ -134,13 +132,13 @@ class Mlps:
                 return shape[1] if shape[0] == self._hidden else shape[0]
         return 0
 
-    def _no_zeros(self, base: Model, own: int, keys: list[str]) -> str:
+    def _no_zeros(self, base: Model, own: int, widths: set[int], keys: list[str]) -> str:
         """Return why zeros cannot widen the MLPs, or ""."""
         kind = base.config["model_type"]
         if not own or not keys:
             return f"the config of a {kind} model does not say how wide its MLPs are"
-        if own in (self._hidden, self._hidden // 2):
-            return f"they are {own} wide, which cannot be told from the hidden size {self._hidden}"
+        if alike := widths & {self._hidden, self._hidden // 2}:
+            return f"a width of {min(alike)} cannot be told from the hidden size {self._hidden}"
         norms = [n for n, t in self._found[base.label][0].items() if t.spec.shape == (own,)]
         if any("norm" in name for name in norms):
             return f"a {kind} model normalises over the width, so zeros would change it"
