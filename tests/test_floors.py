@@ -17,7 +17,7 @@ FLOORS = [
     {"recipe", "plans", "sources", "forward", "module_weights", "routing"},
     {"methods", "families", "gates"},
     {"planners", "engine", "output", "proof", "targets"},
-    {"prepare", "routers", "evaluate", "tables", "forge"},
+    {"prepare", "routers", "evaluate", "tuning", "tables", "forge"},
     {"cli", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -31,6 +31,9 @@ DOORS = {
     ("routers", "evaluate"),
     ("routers", "forge"),
     ("evaluate", "forge"),
+    ("prepare", "tuning"),
+    ("routers", "tuning"),
+    ("tuning", "forge"),
     ("cli", "__main__"),
 }
 """The only doors between rooms of one floor, from the used to the user."""
