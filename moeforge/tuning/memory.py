@@ -26,7 +26,9 @@ def save_memory(model: nn.Module, tokens: int, active: int, device: Any) -> bool
     if kept_bytes(model, tokens, active) <= free_memory(device):
         return False
     anything: Any = model
-    anything.gradient_checkpointing_enable({"use_reentrant": False})
+    # The name that transformers 5 began with, and the later one.
+    enable = getattr(anything, "activation_checkpointing_enable", None)
+    (enable or anything.gradient_checkpointing_enable)({"use_reentrant": False})
     for module in model.modules():
         # Layers look at it before they do; what is in them must not begin to drop out.
         module.training = hasattr(module, "gradient_checkpointing")

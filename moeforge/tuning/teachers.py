@@ -15,10 +15,10 @@ from moeforge.errors import BuildError, Finding, MoeforgeError
 from moeforge.planners import Model
 from moeforge.planners.model import from_source
 from moeforge.planners.vocab import tokens_of
-from moeforge.routers import Weights
 from moeforge.sources import open_source
 from moeforge.tuning.data import IGNORED, Batch, Document, in_order
 from moeforge.tuning.train import predictions
+from moeforge.weights import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
