@@ -11,7 +11,7 @@ from moeforge.planners.model import from_source
 from moeforge.planners.vocab import tokens_of
 from moeforge.plans import Plan
 from moeforge.recipe import MoeRecipe, Recipe, average
-from moeforge.routers import Weights
+from moeforge.weights import Weights
 
 if TYPE_CHECKING:
     from torch import nn

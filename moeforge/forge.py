@@ -21,6 +21,7 @@ from moeforge.prepare import Prepared, prepare
 from moeforge.routers import compute_routers
 
 if TYPE_CHECKING:
+    from moeforge.gates import LayerFit
     from moeforge.proof.heldout import HeldOut
 
 RecipeLike = str | Path | dict[str, Any]
@@ -38,12 +39,14 @@ class Result:
         plan: how it was made.
         seconds: wall-clock time.
         heldout: losses and routing on held-out text, if the recipe asks for them.
+        fits: what the fit of each router found out, where gates were fitted.
     """
 
     folder: Path
     plan: Plan
     seconds: float
     heldout: HeldOut | None
+    fits: tuple[LayerFit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def build(
     for finding in prepared.notes():
         note(finding)
     settings = Settings(threads=threads, memory=memory, device=device)
-    shards = lay_out(plan.tensors, shard_size)
+    shards, fits = lay_out(plan.tensors, shard_size), tuple["LayerFit", ...]()
     folder.refuse_existing(target, overwrite=overwrite)
     _check_room(plan, settings, target)
     with folder.staging(target, overwrite=overwrite) as work:
@@ -135,7 +138,8 @@ def build(
             plan.tokenizer.write(work)
         if plan.experts:
             routers = compute_routers(prepared, work, device, progress)
-            plan = replace(plan, sources={**plan.sources, ROUTERS: routers})
+            plan = replace(plan, sources={**plan.sources, ROUTERS: routers.source})
+            fits = routers.fits
         total = plan.nbytes
         engine.run(plan, shards, work, settings, lambda done: progress("tensors", done, total))
         folder.write_json(work / "config.json", plan.config)
@@ -148,7 +152,7 @@ def build(
         tables = heldout.tables() if heldout else []
         text = card.render(plan, card.Card(target.name, prepared.loaded.document.text, tables))
         (work / "README.md").write_text(text, encoding="utf-8")
-    return Result(target, plan, time.perf_counter() - began, heldout)
+    return Result(target, plan, time.perf_counter() - began, heldout, fits)
 
 
 def _check_room(plan: Plan, settings: Settings, target: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ from moeforge import recipe as recipes
 from moeforge.errors import Finding, MoeforgeError, PlanError
 from moeforge.output.folder import differing_modules, has_chat_template, has_tokenizer
 from moeforge.planners import Planner
+from moeforge.planners.vocab import tokens_of
 from moeforge.plans import Plan
 from moeforge.recipe import Adapter, Expert, LoadedRecipe, MoeRecipe, Prompt, Recipe, Reference
+from moeforge.recipe.prompts import load as load_prompts
 from moeforge.sources import Source, open_source
 from moeforge.sources.adapter import open_adapter
 
 ExpertPrompt = tuple[int, bool, Prompt]
-"""Index of the expert, whether the prompt is a negative one, and the prompt."""
+"""Index of the expert or -1, whether the prompt is a negative one, and the prompt."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def _read_prompts(
     """Return the prompts that the recipe's gate mode reads, reporting what is wrong with them."""
     if not isinstance(recipe, MoeRecipe):
         return []
-    needed = gates.load(recipe.gate_mode).needs_prompts
+    reads = gates.load(recipe.gate_mode).needs_prompts
+    needed = reads and recipe.gate_parameters.labels == "owner"
     prompts: list[ExpertPrompt] = []
     seen: dict[frozenset[Prompt], int] = {}
     entries: list[tuple[tuple[str | int, ...], Expert]] = [
@@ -73,14 +76,45 @@ def _read_prompts(
             what = f"gate mode {recipe.gate_mode} needs prompts for every expert, this one has none"
             fix = "Add positive_prompts or prompts_file, or choose gate_mode: random to train it."
             findings.append(Finding(what, fix, path))
-        elif needed and frozenset(positive) in seen:
+        elif reads and positive and frozenset(positive) in seen:
             word, number = entries[seen[frozenset(positive)]][0]
             what = f"{word}[{number}] has the same prompts: no router can tell them apart"
             findings.append(Finding(what, "Give each expert prompts of its own.", path))
         seen.setdefault(frozenset(positive), i)
         prompts += [(i, False, prompt) for prompt in positive]
         prompts += [(i, True, Prompt(text=text)) for text in expert.negative_prompts]
-    return prompts if needed else []
+    if recipe.gate_parameters.data is not None:
+        try:
+            texts = load_prompts(loaded.find(recipe.gate_parameters.data))
+        except ValueError as error:
+            findings.append(Finding(str(error), path=("gate_parameters", "data")))
+            texts = ()
+        prompts += [(-1, False, prompt) for prompt in texts]
+    return prompts if reads else []
+
+
+def _check_labels(planner: Planner, recipe: Recipe, findings: list[Finding]) -> None:
+    """Report experts whose loss on a text says nothing of the mixture's tokens."""
+    if not isinstance(recipe, MoeRecipe) or recipe.gate_parameters.labels != "loss":
+        return
+    base = planner.model(recipe.base_model, ("base_model",))
+    assert base is not None, "it was planned before"
+    for i, expert in enumerate(recipe.experts):
+        path = ("experts", i, "source_model")
+        if isinstance(expert.source_model, tuple):
+            what = "labels: loss runs every expert as a whole model; this one is made of ranges"
+            findings.append(Finding(what, "Give it prompts, and write labels: owner.", path))
+            continue
+        model = planner.model(expert.source_model, path)
+        assert model is not None, "it was planned before"
+        try:
+            same = tokens_of(model).ids == tokens_of(base).ids
+        except MoeforgeError as error:
+            findings += [replace(finding, path=path) for finding in error.findings]
+            continue
+        if not same:
+            what = f"labels: loss compares losses per token; {model.label} has another tokenizer"
+            findings.append(Finding(what, "Give experts prompts, and write labels: owner.", path))
 
 
 def _check_tokenizer(
@@ -135,6 +169,8 @@ def prepare(recipe: str | Path | dict[str, Any], *, offline: bool) -> Prepared:
     except MoeforgeError as error:
         raise type(error)(*loaded.place([*error.findings, *findings])) from error.__cause__
     _check_tokenizer(plan, loaded.recipe, prompts, findings)
+    if not findings:
+        _check_labels(planner, loaded.recipe, findings)
     folders = (source.folder for source in plan.sources.values())
     findings += differing_modules(plan.donor.folder, folders)
     if findings:

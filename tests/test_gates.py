@@ -13,7 +13,7 @@ from moeforge.forward import layer_inputs
 from moeforge.gates import GateInput, TokenizedPrompt, fitted
 from moeforge.planners import Planner
 from moeforge.recipe import Reference
-from moeforge.routers import Weights
+from moeforge.weights import Weights
 from moeforge.sources import open_source
 
 PROMPTS = {

@@ -214,6 +214,7 @@ def grow(
     mixed: Mixed,
     device: str,
     share: Share,
+    depth: int,
 ) -> None:
     """Run prompts through a dense model whose MLPs are replaced, layer by layer, on the way.
 
@@ -229,6 +230,7 @@ def grow(
         mixed: computes what stands for an MLP.
         device: torch device.
         share: gives the prompts to threads.
+        depth: layers to run; of the last, what comes after the MLP is not.
 
     Raises:
         ValueError: transformers does not know the model type, or has no such layers in it.
@@ -241,6 +243,8 @@ def grow(
             inputs, entering = walk.up_to_mlp(index, layer)
             flat = [x.reshape(-1, x.shape[-1]) for x in entering]
             outputs = mixed(index, inputs, torch.cat(flat))
+            if index + 1 == depth:
+                break
             if outputs is None:
                 walk.run(index, layer)
             else:

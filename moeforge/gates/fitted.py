@@ -1,151 +1,127 @@
-"""fitted: a linear classifier of "whose prompt is this?" on the router's true input.
+"""fitted: a linear classifier of "which expert does this text want?" on the router's true input.
 
-Per layer, in closed form: ridge regression onto one-hot expert labels, then one temperature. How
-strongly to regularise, and the temperature, are decided by prompts that the fit did not see.
+Per layer: ridge or logistic regression without intercept, one temperature, and biases for the load
+of experts where balance asks for them. How strongly to regularise, and the temperature, are decided
+by prompts that the fit did not see.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moeforge.gates import Gate, GateInput, TokenizedPrompt
+from moeforge.gates import Gate, GateInput, Gates, LayerFit, LayerGate
+from moeforge.gates._balance import biases, carrier, load
+from moeforge.gates._classify import Classifier, fit_layer
+from moeforge.gates._labels import Labels, against, labels
+from moeforge.gates._solve import second_moment
+from moeforge.routing import scored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_REGULARIZATION = (0.001, 0.01, 0.1, 1.0, 10.0)
-"""Candidates for λ, relative to the mean variance of the inputs."""
-_HELD_OUT = 4
-"""Every fourth prompt of an expert is held out while λ and the temperature are chosen."""
-_COARSE = [2.0**step for step in range(-4, 16)]
-_FINE = [2.0 ** (step / 8) for step in range(-7, 8)]
-"""Factors tried on the logits, then around the best of them; the loss is convex in the factor."""
+    from moeforge.forward import LayerInputs
 
 
-def targets(prompt: TokenizedPrompt, experts: int) -> Tensor:
-    """Return the wanted distribution [E]: the expert, or, for a negative prompt, all others."""
-    import torch
-
-    if prompt.negative and experts > 1:
-        wanted = torch.full((experts,), 1.0 / (experts - 1))
-        wanted[prompt.expert] = 0.0
-        return wanted
-    wanted = torch.zeros(experts)
-    wanted[prompt.expert] = 1.0
-    return wanted
-
-
-def held_out(prompts: tuple[TokenizedPrompt, ...], experts: int) -> list[bool]:
-    """Say for each prompt whether it is held out; nothing is where an expert has but one prompt."""
-    counts = [0] * experts
-    held = []
-    for prompt in prompts:
-        counts[prompt.expert] += not prompt.negative
-        last_of_group = counts[prompt.expert] % _HELD_OUT == 2
-        held.append(last_of_group and not prompt.negative)
-    return held if min(counts) > 1 else [False] * len(prompts)
-
-
-class _Moments:
-    """Σ xxᵀ [H, H] and Σ x(y − 1/E)ᵀ [H, E], added up prompt by prompt in float64.
-
-    Every expert's tokens weigh the same in total, however many there are of them.
-    """
-
-    def __init__(self, hidden: int, experts: int, device: object) -> None:
-        import torch
-
-        options = {"dtype": torch.float64, "device": device}
-        self.xx_HH = torch.zeros(hidden, hidden, **options)  # type: ignore[call-overload]
-        self.xy_HE = torch.zeros(hidden, experts, **options)  # type: ignore[call-overload]
-
-    def add(self, x_TH: Tensor, wanted_E: Tensor, weight: float) -> None:
-        x = x_TH.double()
-        self.xx_HH.addmm_(x.T, x, alpha=weight)
-        centred = wanted_E.to(x) - 1.0 / len(wanted_E)
-        self.xy_HE.addr_(x.sum(0), centred, alpha=weight)
-
-    def solve(self, regularization: float) -> Tensor:
-        """Return W [H, E] = (Σxxᵀ + λ·tr/H·I)⁻¹ Σxyᵀ."""
-        import torch
-
-        hidden = self.xx_HH.shape[0]
-        ridge = regularization * float(self.xx_HH.trace()) / hidden
-        system = self.xx_HH.clone()
-        system.diagonal().add_(max(ridge, 1e-12))
-        solution: Tensor = torch.linalg.solve(system, self.xy_HE)
-        return solution
-
-
-def best_temperature(
-    logits_TE: Tensor, wanted_TE: Tensor, weights_T: Tensor
-) -> tuple[float, float]:
-    """Return the least weighted cross entropy, and the factor on the logits that has it."""
-    share_T = weights_T / weights_T.sum()
-
-    def loss(factor: float) -> float:
-        entropy_T = -(wanted_TE * (factor * logits_TE).log_softmax(-1)).sum(-1)
-        return float((entropy_T * share_T).sum())
-
-    coarse = min((loss(factor), factor) for factor in _COARSE)[1]
-    return min((loss(coarse * factor), coarse * factor) for factor in _FINE)
-
-
-def fit_layer(
-    inputs: list[Tensor], wanted: list[Tensor], weights: list[float], held: list[bool]
-) -> Tensor:
-    """Return one layer's router weight [E, H].
+def _calibrate(
+    weight_EH: Tensor, inputs: Sequence[Tensor], wanted: Labels, data: GateInput
+) -> tuple[LayerGate, tuple[float, ...], tuple[float, ...]]:
+    """Return a layer's router with the load that is asked for, and the loads before and after.
 
     Args:
-        inputs: router inputs of each prompt [tokens, H].
-        wanted: wanted distribution of each prompt [E].
-        weights: weight of each token of a prompt.
-        held: prompts that choose λ and temperature; where none is, all of them do.
+        weight_EH: as fitted.
+        inputs: router inputs of each prompt.
+        wanted: their weights.
+        data: what is asked for.
     """
     import torch
 
-    hidden, experts = inputs[0].shape[1], len(wanted[0])
-    device = inputs[0].device
-    shown, hidden_part = _Moments(hidden, experts, device), _Moments(hidden, experts, device)
-    for x_TH, wanted_E, weight, out in zip(inputs, wanted, weights, held, strict=True):
-        (hidden_part if out else shown).add(x_TH, wanted_E, weight)
-    judges = [i for i, out in enumerate(held) if out] or list(range(len(held)))
-    x_TH = torch.cat([inputs[i] for i in judges]).double()
-    wanted_TE = torch.cat([wanted[i].expand(len(inputs[i]), -1) for i in judges]).to(x_TH)
-    weights_T = torch.cat([torch.full((len(inputs[i]),), weights[i]) for i in judges]).to(x_TH)
-    # Without held-out prompts the loss would choose the least λ: take the strongest instead.
-    candidates = _REGULARIZATION if any(held) else _REGULARIZATION[-1:]
-    choices = []
-    for regularization in candidates:
-        logits_TE = x_TH @ shown.solve(regularization)
-        loss, factor = best_temperature(logits_TE, wanted_TE, weights_T)
-        choices.append((loss, regularization, factor))
-    _, regularization, factor = min(choices)
-    shown.xx_HH += hidden_part.xx_HH
-    shown.xy_HE += hidden_part.xy_HE
-    return (factor * shown.solve(regularization)).T.float().cpu()
+    def times(rows: Tensor) -> Tensor:
+        return torch.cat([x.double() @ rows.T.to(x.device) for x in inputs]).cpu()
+
+    parts = zip(wanted.weights, inputs, strict=True)
+    w_T = torch.cat([torch.full((len(x),), w, dtype=torch.float64) for w, x in parts])
+    logits_TE, experts = times(weight_EH), len(weight_EH)
+    scores_TE = scored(logits_TE, sigmoid=data.sigmoid)
+    bias_E, asked = torch.zeros(experts).double(), data.parameters.balance
+    before = after = tuple(load(scores_TE, w_T, data.per_token).tolist())
+    if data.parameters.balanced and data.per_token < experts:
+        wanted_E = asked if isinstance(asked, tuple) else (1 / experts,) * experts
+        amount = 1.0 if isinstance(asked, tuple) else asked
+        target_E = torch.tensor(wanted_E).double()
+        if data.biased:
+            bias_E = amount * biases(scores_TE, None, w_T, data.per_token, target_E)
+            after = tuple(load(scores_TE, w_T, data.per_token, bias_E).tolist())
+        else:
+            v_H = _carrier(inputs, wanted, data)
+            found = biases(logits_TE, times(v_H[None])[:, 0], w_T, data.per_token, target_E)
+            weight_EH = weight_EH + amount * found[:, None] * v_H
+            after = tuple(load(times(weight_EH), w_T, data.per_token).tolist())
+    gate = LayerGate(weight_EH.float(), bias_E.float() if data.biased else None)
+    return gate, before, after
 
 
-def build(data: GateInput) -> Tensor:
-    """Return gates_LEH: ridge weights times the temperature, layer by layer.
+def _carrier(inputs: Sequence[Tensor], wanted: Labels, data: GateInput) -> Tensor:
+    """Return what carries a bias in the weights, [H] in float64 on the CPU."""
+    import torch
 
-    Holds two H×H float64 matrices and the router inputs of one layer.
+    pairs = list(zip(wanted.weights, inputs, strict=True))
+    total = sum(weight * len(x) for weight, x in pairs)
+    mean_H = torch.stack([weight * x.double().sum(0) for weight, x in pairs]).sum(0) / total
+    xx_HH = second_moment(inputs, wanted.weights, data.share) / total
+    return carrier(xx_HH.cpu(), mean_H.cpu())
+
+
+def build(data: GateInput) -> Gates:
+    """Return router weights, layer by layer, with what is known of each.
+
+    Holds some H×H float64 matrices and, for the logistic method and for balancing, the router
+    inputs of one layer in float64.
     """
     import torch
 
-    prompts = tuple(data.prompts)
-    experts = data.shape[1]
-    wanted = [targets(prompt, experts) for prompt in prompts]
-    held = held_out(prompts, experts)
-    tokens = [0] * experts
-    for prompt in prompts:
-        tokens[prompt.expert] += len(prompt.ids) - prompt.first
-    weights = [1.0 / tokens[prompt.expert] for prompt in prompts]
-    layers = []
-    for inputs in data.walk():
-        chosen = [i.mlp_TH[p.first :] for i, p in zip(inputs, prompts, strict=True)]
-        layers.append(fit_layer(chosen, wanted, weights, held))
-    return torch.stack(layers)
+    experts = data.shape[1] - data.gated
+    routed = [i for i, prompt in enumerate(data.prompts) if prompt.expert < experts]
+    wanted = labels([data.prompts[i] for i in routed], experts)
+    shared = against(data.prompts, experts) if data.gated else None
+    made: list[LayerGate] = []
+    fits: list[LayerFit] = []
+    given = data.parameters
+
+    def classifier(inputs: Sequence[Tensor], what: Labels, sigmoid: bool) -> Classifier:
+        return fit_layer(
+            inputs,
+            what,
+            method=given.method,
+            regularization=given.regularization,
+            sigmoid=sigmoid,
+            share=data.share,
+        )
+
+    def fit(seen: Sequence[LayerInputs]) -> LayerGate:
+        every = [i.mlp_TH[p.first :] for i, p in zip(seen, data.prompts, strict=True)]
+        inputs = [every[i] for i in routed]
+
+        found = classifier(inputs, wanted, data.sigmoid)
+        gate, before, after = _calibrate(found.weight, inputs, wanted, data)
+        if shared is not None:
+            # A sigmoid of one row is a softmax of two, of which it is the difference.
+            pair = classifier(every, shared, False).weight
+            row = (pair[0] - pair[1]).float()[None]
+            gate = LayerGate(torch.cat([gate.weight, row]), gate.bias)
+        made.append(gate)
+        fits.append(LayerFit(found.regularization, found.temperature, found.loss, before, after))
+        return gate
+
+    if data.on_policy:
+        assert data.grow is not None, "whoever asks for it can run the mixture"
+        data.grow(fit)
+    else:
+        for seen in data.walk():
+            fit(seen)
+    weights_LEH = torch.stack([gate.weight for gate in made])
+    biased = [gate.bias for gate in made if gate.bias is not None]
+    return Gates(weights_LEH, torch.stack(biased) if biased else None, tuple(fits))
 
 
-GATE = Gate("ridge classifier on the router's true input", build, needs_prompts=True)
+GATE = Gate("linear classifier on the router's true input", build, needs_prompts=True)
