@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from moeforge.forward import quiet
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_WINDOW = 256
+WINDOW = 256
 """Tokens per window; each begins with BOS where the tokenizer has one."""
 _BATCH = 16
 """Windows per forward pass."""
@@ -63,40 +63,83 @@ class HeldOut:
         return tables
 
 
+def read_text(path: Path) -> str:
+    """Return the text of `path`.
+
+    Raises:
+        BuildError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        what = f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise BuildError(Finding(what, "Convert it, for instance with iconv.")) from None
+    except OSError as error:
+        raise BuildError(Finding(f"{path} cannot be read: {error.strerror or error}")) from None
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Return `text` as token ids, without BOS or EOS."""
+    with quiet():  # it would warn that the text is longer than the model's context
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def cut(ids: Sequence[int], bos: int | None, window: int = WINDOW) -> list[list[int]]:
+    """Cut token ids into rows of `window` that each predict all of their tokens but the first.
+
+    The first is BOS; where there is none, it is the last token of the row before, so that only
+    the first token of the text is predicted by none. The last row may be shorter; it has at least
+    two tokens.
+    """
+    shift = bos is None
+    return [
+        [*([bos] if bos is not None else ids[start - 1 : start]), *ids[start : start + window - 1]]
+        for start in range(shift, len(ids), window - 1)
+    ]
+
+
 def windows(tokenizer: Any, path: Path) -> Tensor:
     """Return the text of `path` as token ids [windows, tokens]; an incomplete last one is left out.
 
     Raises:
-        BuildError: the text is shorter than one window.
+        BuildError: the text cannot be read, or is shorter than one window.
     """
     import torch
 
-    text = path.read_text(encoding="utf-8")
-    with quiet():  # it would warn that the text is longer than the model's context
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    size = _WINDOW - (bos is not None)
-    rows = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+    ids = tokenize(tokenizer, read_text(path))
+    rows = [row for row in cut(ids, tokenizer.bos_token_id) if len(row) == WINDOW]
     if not rows:
+        size = WINDOW - (tokenizer.bos_token_id is not None)
         what = f"{path} has {len(ids)} tokens, fewer than a window of {size}"
         raise BuildError(Finding(what, "Give more held-out text."))
-    return torch.tensor([[bos, *row] if bos is not None else row for row in rows])
+    return torch.tensor(rows)
+
+
+def summed(model: nn.Module, ids_WT: Tensor) -> float:
+    """Return the cross entropy of `model` on windows `ids_WT`, summed, in nats; one forward pass.
+
+    Logits are widened to float32 one window at a time: of a large vocabulary they are the largest
+    thing in memory.
+    """
+    import torch
+
+    with torch.no_grad():
+        logits_WTV = model(input_ids=ids_WT, use_cache=False).logits[:, -ids_WT.shape[1] :]
+        return sum(
+            float(
+                torch.nn.functional.cross_entropy(
+                    logits[:-1].float(), ids[1:].to(logits.device), reduction="sum"
+                )
+            )
+            for logits, ids in zip(logits_WTV, ids_WT, strict=True)
+        )
 
 
 def loss(model: nn.Module, ids_WT: Tensor) -> float:
     """Return the mean cross entropy of `model` on windows `ids_WT`, in nats per predicted token."""
-    import torch
-
-    total = 0.0
-    with torch.no_grad():
-        for batch in ids_WT.split(_BATCH):  # type: ignore[no-untyped-call]
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-            total += float(
-                torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
-                )
-            )
-    return total / ids_WT[:, 1:].numel()
+    batches = ids_WT.split(_BATCH)  # type: ignore[no-untyped-call]
+    return sum(summed(model, batch) for batch in batches) / ids_WT[:, 1:].numel()
 
 
 def load_output(folder: Path, *, code: bool = False) -> nn.Module:
