@@ -47,7 +47,8 @@ GATES = {"lfm2": "uniform_random"}
 makes all of them tiny, as their remarks say."""
 HEAD = """# Which model types become mixtures of experts
 
-Every type of transformers' causal language models, some in several forms, with `architecture: auto`.
+Every type of transformers' causal language models, some in several forms, with
+`architecture: auto`.
 `python tests/test_every_family.py` writes this page, `pytest` fails where it is wrong.
 
 - *home*: the MoE architecture that `auto` takes. `remote` is program text of the model's own, which
