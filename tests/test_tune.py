@@ -22,6 +22,7 @@ import moeforge
 from moeforge.errors import BuildError, MoeforgeError, SourceError
 from moeforge.prepare import prepare
 from moeforge.proof.heldout import load_output
+from moeforge.recipe.tuning import problems
 from moeforge.routing import Router, recording, routers
 from moeforge.tuning import Tuning, data, memory, tune, tune_built, write
 from moeforge.tuning.tables import step_line, tuned_json, tuned_markdown, tuned_table, verdict
@@ -168,8 +169,8 @@ def test_teachers_are_asked_for_the_documents_they_know(made):
     tokens = tiny.tokenizer()
     documents = [tuple(tokens(text).input_ids) for text in ("pApA", "qBqBqB", "pA")]
     teachers = open_teachers([str(made / answer) for answer in "AB"], made / "two")
-    lessons = Lessons(teachers, documents, tiny.VOCABULARY)
-    assert [label[-1] for label in lessons.best] == ["A", "B", "A"]
+    lessons = Lessons(teachers, dict(enumerate(documents)), tiny.VOCABULARY)
+    assert {number: label[-1] for number, label in lessons.best.items()} == {0: "A", 1: "B", 2: "A"}
     batch = data.together(documents, [2, 1])
     expert = AutoModelForCausalLM.from_pretrained(made / "B", dtype=torch.float32)
     with torch.no_grad():
@@ -407,6 +408,16 @@ def test_a_damaged_mixture_is_refused(made, tmp_path):
     refused(made, tmp_path, "is nan before the first step", tmp_path / "damaged")
 
 
+def test_a_recipe_says_what_is_wrong_before_the_build(tmp_path):
+    asked = Tuning(text=["here.txt", "gone.txt"])
+    (tmp_path / "here.txt").touch()
+    (found,) = problems(asked, tmp_path.joinpath, has_prompts=False)
+    assert ("gone.txt" in found.what, found.path) == (True, ("tune", "text"))
+    (found,) = problems(Tuning(), tmp_path.joinpath, has_prompts=False)
+    assert found.path == ("tune",)
+    assert not problems(Tuning(), tmp_path.joinpath, has_prompts=True)
+
+
 # --- the parts ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("per_token", [1, 2])
@@ -461,8 +472,8 @@ def test_documents_are_cut_held_out_and_shuffled(tmp_path):
     given = data.split(documents, documents[:2])
     assert (len(given.training), len(given.heldout)) == (10, 2)
     assert len(data.split(documents, documents * 50).heldout) == 128
-    batches = data.shuffled(documents, 4, seed=0)
-    numbers = [number for _ in range(5) for number in next(batches).numbers]
+    batches = data.draws(10, 4, seed=0)
+    numbers = [number for _ in range(5) for number in next(batches)]
     assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
     assert numbers[:10] != numbers[10:]
 

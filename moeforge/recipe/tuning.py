@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from moeforge.errors import Finding
 from moeforge.recipe.schema import Finite, Text, or_no_entries
 from moeforge.recipe.strict import Strict, show, wrong
 
@@ -48,7 +51,7 @@ class Tuning(Strict):
             expert that predicts it best; between them is both.
         balance: factor on the load-balance loss.
         steps: optimiser steps.
-        learning_rate: peak; None for 0.13 / hidden size.
+        learning_rate: peak; None for 0.38 / hidden size.
         batch: documents per step.
         window: most tokens per document.
         patience: held-out measurements without a new best before training ends.
@@ -68,3 +71,26 @@ class Tuning(Strict):
     window: int = Field(default=256, ge=2)
     patience: int = Field(default=4, ge=1)
     active: int | None = Field(default=None, ge=1)
+
+
+def problems(
+    tuning: Tuning, find: Callable[[str], Path], *, has_prompts: bool
+) -> tuple[Finding, ...]:
+    """Return what stands against a recipe's `tune` before anything is built.
+
+    Args:
+        tuning: what the recipe says.
+        find: the file that a relative path means.
+        has_prompts: an expert of the recipe has prompts, which are trained on where no file is
+            named.
+    """
+    found = [
+        Finding(f"{name} does not exist", "Correct the path.", ("tune", key))
+        for key in ("text", "prompts", "heldout")
+        for name in getattr(tuning, key)
+        if not find(name).is_file()
+    ]
+    if not tuning.text and not tuning.prompts and not has_prompts:
+        fix = "Add text: or prompts: below tune, or prompts for the experts."
+        found.append(Finding("there is no text to train the routers on", fix, ("tune",)))
+    return tuple(found)

@@ -6,8 +6,10 @@ Only router weights change; that no other byte of the weights does is checked by
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from moeforge.recipe.tuning import Tuning
 from moeforge.sources.folder import read_json
 from moeforge.tuning import data, write
 from moeforge.tuning.result import Tuned
-from moeforge.tuning.train import Outcome, Step, Trainer, learning_rate
+from moeforge.tuning.train import Outcome, Step, Trainer, learning_rate, torch_device
 
 if TYPE_CHECKING:
     from torch import nn
@@ -205,8 +207,10 @@ def _train(
 
         config: Any = model.config
         size = int(config.get_text_config().vocab_size)
-        teach = Lessons(wish.teachers, training, size, progress=teaching)
-        best = {label: teach.best.count(label) for label in wish.teachers}
+        batches = islice(data.draws(len(training), settings.batch, wish.seed), settings.steps)
+        wanted = {n: training[n] for n in sorted({n for batch in batches for n in batch})}
+        teach = Lessons(wish.teachers, wanted, size, torch_device(wish.device), teaching)
+        best = dict.fromkeys(wish.teachers, 0) | Counter(teach.best.values())
     outcome = Trainer(
         model,
         found,

@@ -52,6 +52,10 @@ class Batch:
     ids_BT: Tensor
     labels_BT: Tensor
 
+    def to(self, device: Any) -> Batch:
+        """Return it on a torch device."""
+        return Batch(self.numbers, self.ids_BT.to(device), self.labels_BT.to(device))
+
 
 def of_text(tokenizer: Any, path: Path, window: int) -> list[Document]:
     """Return the text of `path` as documents of `window` tokens; the last may be shorter.
@@ -148,18 +152,18 @@ def in_order(documents: Sequence[Document], size: int) -> Iterator[Batch]:
         yield together(documents, range(start, min(start + size, len(documents))))
 
 
-def shuffled(documents: Sequence[Document], size: int, seed: int) -> Iterator[Batch]:
-    """Yield batches without end: every round has all documents in an order of its own.
+def draws(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Yield the numbers of the documents of each batch, without end.
 
-    The orders follow from `seed` alone: `random.Random(f"tune {seed}")` shuffles the numbers of the
-    documents for each round; batches are taken from the rounds one after the other, and may
-    span two.
+    Every round has all `count` documents in an order of its own: `random.Random(f"tune {seed}")`
+    shuffles their numbers for each round. Batches are taken from the rounds one after the other,
+    and may span two.
     """
-    draws, waiting = random.Random(f"tune {seed}"), list[int]()
+    shuffler, waiting = random.Random(f"tune {seed}"), list[int]()
     while True:
         while len(waiting) < size:
-            order = list(range(len(documents)))
-            draws.shuffle(order)
+            order = list(range(count))
+            shuffler.shuffle(order)
             waiting += order
-        yield together(documents, waiting[:size])
+        yield waiting[:size]
         del waiting[:size]

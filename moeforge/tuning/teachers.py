@@ -9,14 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeforge.errors import BuildError, Finding, MoeforgeError
 from moeforge.planners import Model
 from moeforge.planners.model import from_source
 from moeforge.planners.vocab import tokens_of
 from moeforge.sources import open_source
-from moeforge.tuning.data import IGNORED, Batch, Document, in_order
+from moeforge.tuning.data import Batch, Document, together
 from moeforge.tuning.train import predictions
 from moeforge.weights import Weights
 
@@ -27,6 +27,8 @@ Load = Callable[[], "nn.Module"]
 _BYTES = 2
 """Per log-probability: float16, whose error is below 2⁻¹¹ of it. What is less probable than
 exp(-11) is off by up to 0.01 nats, and hardly counts in a divergence."""
+_LEAST = -6e4
+"""Log-probability that float16 holds; its probability is zero all the same."""
 
 
 def load_model(model: Model) -> Load:
@@ -78,76 +80,65 @@ class Lessons:
 
     Args:
         teachers: how to load each in float32, by label.
-        documents: what will be trained on.
+        documents: what is trained on, by number.
         vocabulary: number of logits of the mixture.
-        folder: where the file of predictions is made; it has no name and ends with the process.
+        device: torch device that the teachers run on.
         progress: told the teachers done, and their number.
 
     Attributes:
-        best: for each document the label of the teacher with the lowest loss on it; of equal ones
-            the first.
+        best: by number of the document the label of the teacher with the lowest loss on it; of
+            equal ones the first.
 
     Raises:
-        BuildError: a teacher has another vocabulary, computes NaN on every document, or there is
-            no room for the predictions.
+        BuildError: a teacher has another vocabulary, none computes a finite loss on a document, or
+            there is no room for the predictions.
     """
 
     def __init__(
         self,
         teachers: Mapping[str, Load],
-        documents: Sequence[Document],
+        documents: Mapping[int, Document],
         vocabulary: int,
-        folder: Path | None = None,
+        device: Any = "cpu",
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        self._places, self._vocabulary = [0], vocabulary
-        for document in documents:
-            self._places.append(self._places[-1] + len(document) - 1)
-        place = Path(folder or tempfile.gettempdir())
-        needed, free = self._places[-1] * vocabulary * _BYTES, shutil.disk_usage(place).free
-        if needed > free:
-            what = (
-                f"what the teachers predict takes {needed / 1e9:.1f} GB in {place}, "
-                f"which has {free / 1e9:.1f} GB free"
-            )
-            raise BuildError(Finding(what, "Give less text, or set TMPDIR to a larger disk."))
-        self._file = tempfile.TemporaryFile(dir=place)  # noqa: SIM115  it lives as long as this
-        losses = [float("inf")] * len(documents)
-        best = [""] * len(documents)
+        self._documents, self._vocabulary = documents, vocabulary
+        self._places: dict[int, int] = {}
+        rows = 0
+        for number, document in documents.items():
+            self._places[number] = rows * vocabulary * _BYTES
+            rows += len(document) - 1
+        _check_room(rows * vocabulary * _BYTES)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as this object
+        self.best: dict[int, str] = {}
+        losses = dict.fromkeys(documents, float("inf"))
         for done, (label, load) in enumerate(teachers.items()):
             progress(done, len(teachers))
-            self._ask(label, load(), documents, losses, best)
+            self._ask(label, load().to(device), losses)
         progress(len(teachers), len(teachers))
-        if "" in best:
-            what = f"no teacher computes a finite loss on document {best.index('')}"
+        if lost := documents.keys() - self.best.keys():
+            what = f"no teacher computes a finite loss on document {min(lost)}"
             raise BuildError(Finding(what, "Check the dense experts; weights may be damaged."))
-        self.best = tuple(best)
 
-    def _ask(
-        self,
-        label: str,
-        model: nn.Module,
-        documents: Sequence[Document],
-        losses: list[float],
-        best: list[str],
-    ) -> None:
+    def _ask(self, label: str, model: nn.Module, losses: dict[int, float]) -> None:
         """Keep the predictions of `model` on every document that it knows better than others."""
         import torch
 
-        with torch.no_grad():
-            for batch in in_order(documents, 1):
-                (number,) = batch.numbers
-                logits_TV, labels_T = predictions(model, batch)
-                if logits_TV.shape[1] != self._vocabulary:
-                    what = f"{label} predicts {logits_TV.shape[1]} tokens, the mixture "
-                    fix = "Teach with models of the mixture's tokenizer."
-                    raise BuildError(Finding(f"{what}{self._vocabulary}", fix))
-                told_TV = logits_TV.log_softmax(-1)
-                loss = float(-told_TV.gather(1, labels_T[:, None]).mean())
-                if loss < losses[number]:
-                    losses[number], best[number] = loss, label
-                    self._file.seek(self._places[number] * self._vocabulary * _BYTES)
-                    self._file.write(told_TV.half().contiguous().numpy().tobytes())
+        device = next(model.parameters()).device
+        for number, document in self._documents.items():
+            with torch.no_grad():
+                logits_TV, labels_T = predictions(model, together([document], [0]).to(device))
+            if logits_TV.shape[1] != self._vocabulary:
+                what = f"{label} predicts {logits_TV.shape[1]} tokens, the mixture "
+                fix = "Teach with models of the mixture's tokenizer."
+                raise BuildError(Finding(f"{what}{self._vocabulary}", fix))
+            told_TV = logits_TV.log_softmax(-1)
+            loss = float(-told_TV.gather(1, labels_T[:, None]).mean())
+            if loss < losses[number]:
+                losses[number], self.best[number] = loss, label
+                raw: Any = told_TV.clamp(min=_LEAST).half().cpu().contiguous().numpy()
+                self._file.seek(self._places[number])
+                self._file.write(memoryview(raw).cast("B"))
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return log-probabilities [tokens, vocabulary] for the labelled tokens of `batch`."""
@@ -155,12 +146,20 @@ class Lessons:
 
         told = []
         for number in batch.numbers:
-            first, last = self._places[number : number + 2]
-            self._file.seek(first * self._vocabulary * _BYTES)
-            raw = bytearray(self._file.read((last - first) * self._vocabulary * _BYTES))
-            told.append(torch.frombuffer(raw, dtype=torch.float16).reshape(-1, self._vocabulary))
-        labelled = int((batch.labels_BT != IGNORED).sum())
-        told_TV = torch.cat(told).float()
-        assert len(told_TV) == labelled, "documents are other than those that were taught"
+            rows = len(self._documents[number]) - 1
+            self._file.seek(self._places[number])
+            raw = bytearray(self._file.read(rows * self._vocabulary * _BYTES))
+            told.append(torch.frombuffer(raw, dtype=torch.float16).reshape(rows, -1))
         # Rounding took them a little away from adding up to one.
-        return told_TV.log_softmax(-1)
+        return torch.cat(told).float().log_softmax(-1)
+
+
+def _check_room(needed: int) -> None:
+    place = tempfile.gettempdir()
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        what = (
+            f"what the teachers predict takes {needed / 1e9:.1f} GB in {place}, "
+            f"which has {free / 1e9:.1f} GB free"
+        )
+        raise BuildError(Finding(what, "Give less text, or set TMPDIR to a larger disk."))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moeforge.errors import BuildError, Finding
 from moeforge.recipe.tuning import Tuning
 from moeforge.routing import Router, chosen, recording, scored
-from moeforge.tuning.data import IGNORED, Batch, Documents, in_order, shuffled
+from moeforge.tuning.data import IGNORED, Batch, Documents, draws, in_order, together
 from moeforge.tuning.memory import save_memory
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ _LOOKS = 10
 """Held-out measurements in a full run."""
 _WARMUP = 0.1
 """Share of the steps in which the learning rate rises."""
-_RATE = 0.13
-"""Default learning rate times hidden size: an Adam step moves each of H weights by the rate, and a
-logit by up to H times that. Measured at H = 128, see docs/architecture.md."""
+_RATE = 0.38
+"""Default learning rate times hidden size: an Adam step moves each of H weights by up to the rate,
+and a logit by up to H times that. At H = 128, on the quickstart's `fitted` mixture, 60 steps brought
+held-out loss from 2.3035 to 2.3005 with 0.001, 2.2990 with 0.003 and 2.2998 with 0.01."""
 _CLIP = 1.0
 _ACTIVE = ("top_k", "per_token")
 """What transformers' router modules, and those of our own code, call the experts per token."""
@@ -101,6 +102,13 @@ def choices(router: Router, logits_TE: Tensor) -> Tensor:
 def learning_rate(settings: Tuning, hidden: int) -> float:
     """Return the peak learning rate for routers that read `hidden` values."""
     return settings.learning_rate or _RATE / hidden
+
+
+def torch_device(device: str) -> Any:
+    """Return the device that accelerate finds, or the CPU where `device` says so."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=device == "cpu").device
 
 
 def active_experts(settings: Tuning, per_token: int, experts: int) -> int:
@@ -203,6 +211,7 @@ class Trainer:
         import torch
         from accelerate import Accelerator
 
+        training = self._documents.training
         settings, weights = self._settings, [router.weight for router in self._found]
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
@@ -210,19 +219,19 @@ class Trainer:
             weight.requires_grad_(True)
         accelerator = Accelerator(cpu=self._device == "cpu")
         self._model.to(accelerator.device)
-        longest = max(map(len, self._documents.training))
+        longest = max(map(len, training))
         tokens = settings.batch * longest
         save_memory(self._model, tokens, self._while_training, accelerator.device)
         rate = learning_rate(settings, self._hidden)
         optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
         optimizer = accelerator.prepare(optimizer)
         outcome = self._first_look()
-        batches = shuffled(self._documents.training, settings.batch, self._seed)
+        batches = draws(len(training), settings.batch, self._seed)
         every, worse = max(1, settings.steps // _LOOKS), 0
         for number in range(1, settings.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = rate * _rate(number - 1, settings.steps)
-            batch = self._placed(next(batches))
+            batch = together(training, next(batches)).to(accelerator.device)
             loss, load = self._gradient(batch, accelerator)
             accelerator.clip_grad_norm_(weights, _CLIP)
             optimizer.step()
@@ -238,10 +247,6 @@ class Trainer:
                 break
         self._put(outcome.weights)
         return outcome
-
-    def _placed(self, batch: Batch) -> Batch:
-        device = self._found[0].weight.device
-        return Batch(batch.numbers, batch.ids_BT.to(device), batch.labels_BT.to(device))
 
     def _gradient(self, batch: Batch, accelerator: Any) -> tuple[float, tuple[float, ...]]:
         """Add up the gradient of the loss on `batch`; return the loss and each expert's load."""
@@ -282,7 +287,8 @@ class Trainer:
         total, tokens = 0.0, 0
         load = torch.zeros(len(self._found), self._found[0].weight.shape[0], dtype=torch.float64)
         with torch.no_grad():
-            for batch in map(self._placed, in_order(self._documents.heldout, self._settings.batch)):
+            for batch in in_order(self._documents.heldout, self._settings.batch):
+                batch = batch.to(self._found[0].weight.device)
                 with recording(self._found) as seen:
                     logits_TV, labels_T = predictions(self._model, batch)
                 total += float(cross_entropy(logits_TV, labels_T, reduction="sum"))
