@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,10 +59,9 @@ def compute_routers(prepared: Prepared, folder: Path, device: str, progress: Pro
     """
     experts = prepared.plan.experts
     assert experts is not None
-    maker = _Maker(prepared, folder, device, progress)
     try:
-        with workers(maker.hidden, device) as share:
-            made = gates.load(experts.gate_mode).build(maker.input(share))
+        with gate_input(prepared, folder, device, progress) as data:
+            made = gates.load(experts.gate_mode).build(data)
     except ValueError as error:
         raise BuildError(Finding(f"the router cannot be computed: {error}")) from error
     found = made if isinstance(made, Gates) else Gates(made)
@@ -69,6 +69,16 @@ def compute_routers(prepared: Prepared, folder: Path, device: str, progress: Pro
         what = "the router weights are not finite: the base computes NaN or infinity on the prompts"
         raise BuildError(Finding(what, "Check the base model; its weights may be damaged."))
     return Routers(_as_source(_named(experts, found, prepared.plan)), found.fits)
+
+
+@contextmanager
+def gate_input(
+    prepared: Prepared, folder: Path, device: str, progress: Progress
+) -> Iterator[GateInput]:
+    """Give what a gate mode works from, and threads for it; arguments as in `compute_routers`."""
+    maker = _Maker(prepared, folder, device, progress)
+    with workers(maker.hidden, device) as share:
+        yield maker.input(share)
 
 
 class _Maker:
