@@ -32,6 +32,8 @@ _LOGITS = 2**30
 """Bytes that the logits of one forward pass may take; one window is always run."""
 _LOOK = 16
 """Tokens by which a model is tried for looking ahead."""
+_CHANGE = 0.02
+"""Of the largest logit, by how much what was said before a token may change with it."""
 
 
 @dataclass(frozen=True)
@@ -355,7 +357,8 @@ def _refuse_looking_ahead(model: str, ready: Loaded, window: list[int]) -> None:
     with torch.no_grad():
         both = torch.tensor([ids, other], device=ready.device)
         logits = ready.model(input_ids=both, use_cache=False).logits[:, -len(ids) : -1].float()
-    change = (logits[0] - logits[1]).abs().max()
-    if bool(change > 0.05 * logits.abs().max()):  # rounding changes them by much less
+    # Rounding may change a little, and in a mixture now and then an expert: hence the median.
+    change = (logits[0] - logits[1]).abs().amax(-1).median()
+    if bool(change > _CHANGE * logits.abs().max()):
         what = f"{model} is not a causal language model: it sees the tokens that it is to predict"
         raise BuildError(Finding(what, "Give models that predict the next token."))
