@@ -1,0 +1,306 @@
+"""Owns running prompts through a mixture and counting which experts their tokens go to.
+
+What counts is what transformers hands to the experts, so groups of experts, selection biases and
+scales of a family have their say. Knows nothing of how it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moeforge.dense import max_positions
+from moeforge.errors import BuildError, Finding
+from moeforge.forward import quiet
+from moeforge.gates import TokenizedPrompt
+from moeforge.gates._tokenize import tokenize
+from moeforge.proof.route_report import DomainCount, Mapping, RouteReport, Sample
+from moeforge.recipe import Prompt
+from moeforge.routing import Router, routers, scored
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SHOWN = 2
+"""Prompts of each domain that are kept to be shown token by token."""
+MOST_TOKENS = 200
+"""Tokens shown of a prompt, at most."""
+MOST_CELLS = 40_000
+"""Tokens shown in all layers of all prompts, at most: a page of some 4 MB."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Texts of one kind, and the experts that are right for it.
+
+    Attributes:
+        name: label.
+        prompts: its texts.
+        experts: numbers of the experts that are its own; empty where nobody says so.
+    """
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    experts: tuple[int, ...] = ()
+
+
+class _Watch:
+    """What one router decides in one forward pass."""
+
+    def __init__(self, router: Router, model: nn.Module) -> None:
+        import torch
+
+        self.router = router
+        self.logits: Tensor | None = None
+        self.handed: tuple[Tensor, Tensor] | None = None
+        self.experts = _experts(model, router)
+        self.alone = isinstance(self.experts, torch.nn.ModuleList)
+        if self.alone and not str(model.config.model_type).startswith("moeforge_"):  # type: ignore[union-attr]
+            what = f"{router.name}: its experts are called one by one, by code that moeforge "
+            what += "does not know: what they are given cannot be seen"
+            raise BuildError(Finding(what))
+
+    def hooks(self) -> Iterator[Any]:
+        yield self.router.owner.register_forward_hook(self._see_logits)
+        if not self.alone:
+            yield self.experts.register_forward_pre_hook(self._see_choice, with_kwargs=True)
+
+    def _see_logits(self, module: nn.Module, given: Any, output: Any) -> None:
+        logits = output[0] if isinstance(output, tuple) else output
+        self.logits = logits.detach().reshape(-1, logits.shape[-1]).float().cpu()
+
+    def _see_choice(self, module: nn.Module, given: Any, named: dict[str, Any]) -> None:
+        tensors = [t for t in (*given[1:], *named.values()) if hasattr(t, "is_floating_point")]
+        numbers = [t for t in tensors if not t.is_floating_point()]
+        weights = [t for t in tensors if t.is_floating_point()]
+        if len(numbers) == len(weights) == 1:
+            self.handed = numbers[0].detach().cpu(), weights[0].detach().double().cpu()
+
+    def decided(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (chosen_TK, weights_TK, entropy_T) and forget them.
+
+        Of the chosen, the one with the largest weight is first; weights add up to 1.
+        """
+        logits, self.logits = self.logits, None
+        handed, self.handed = self.handed, None
+        if logits is None or (handed is None and not self.alone):
+            what = f"{self.router.name} was not asked as routers of known families are"
+            raise BuildError(Finding(f"{what}: its choice cannot be seen"))
+        p_TE = scored(logits.double(), sigmoid=self.router.sigmoid)
+        p_TE = p_TE / p_TE.sum(-1, keepdim=True)
+        entropy_T = -(p_TE * p_TE.clamp(min=1e-300).log()).sum(-1)
+        if handed is None:
+            weights, chosen = self.router.shares(logits).double().topk(self.router.per_token)
+        else:
+            chosen, weights = (t.reshape(len(logits), -1) for t in handed)
+            weights, order = weights.sort(dim=-1, descending=True, stable=True)
+            chosen = chosen.gather(-1, order)
+        return chosen, weights / weights.sum(-1, keepdim=True), entropy_T
+
+
+def _experts(model: nn.Module, router: Router) -> nn.Module:
+    """Return the experts that a router hands tokens to: the nearest module of that name."""
+    inside = router.name.split(".")
+    while inside:
+        inside.pop()
+        found = getattr(model.get_submodule(".".join(inside)), "experts", None)
+        if found is not None:
+            experts: nn.Module = found
+            return experts
+    raise BuildError(Finding(f"{router.name}: no experts are beside this router"))
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[list[_Watch]]:
+    watches = [_Watch(router, model) for router in routers(model)]
+    hooks = [hook for watch in watches for hook in watch.hooks()]
+    try:
+        yield watches
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def experts_of(model: nn.Module) -> int:
+    """Return how many experts each layer of a mixture has; the model may be without weights.
+
+    Raises:
+        BuildError: it is no mixture, or its layers differ.
+    """
+    found = routers(model)
+    kind = str(model.config.model_type)  # type: ignore[union-attr]
+    if not found:
+        what = f"{kind} is not a mixture of experts that can be watched: it has no routers"
+        raise BuildError(Finding(what, "Give a mixture of experts."))
+    counts = {router.weight.shape[0] for router in found}
+    if len(counts) > 1:
+        several = ", ".join(map(str, sorted(counts)))
+        raise BuildError(Finding(f"the layers of this {kind} have {several} experts: they differ"))
+    return int(counts.pop())
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: Any,
+    domains: Sequence[Domain],
+    mapping: Mapping,
+    labels: Sequence[str],
+    *,
+    name: str,
+    most: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> RouteReport:
+    """Run the prompts of every domain and count where their tokens go.
+
+    Prompts run one by one, so there is no padding; BOS does not count.
+
+    Args:
+        model: a mixture in transformers.
+        tokenizer: its tokenizer.
+        domains: what is read; their `experts` are used unless `mapping` is "best".
+        mapping: see `RouteReport`.
+        labels: of the experts, E of them.
+        name: of the model, for the report.
+        most: tokens of each domain after which no further prompt of it is run.
+        progress: told the prompts done and all of them.
+
+    Raises:
+        SourceError: a prompt has no tokens, or needs a chat template that is not there.
+        BuildError: the model's routers cannot be watched, or compute NaN.
+    """
+    import numpy as np
+    import torch
+
+    context = max_positions(model.config.to_dict())  # type: ignore[union-attr,operator]
+    read = [_tokenized(tokenizer, domain, context, most) for domain in domains]
+    device = next(model.parameters()).device
+    total, done = sum(len(prompts) for prompts, _ in read), 0
+    with _watching(model) as watches, torch.inference_mode():
+        layers = len(watches)
+        shape = (layers, len(domains), len(labels))
+        choices, weights, firsts = (np.zeros(shape) for _ in range(3))
+        confidence, entropy = np.zeros(shape[:2]), np.zeros(shape[:2])
+        samples = []
+        shown = min(MOST_TOKENS, max(1, MOST_CELLS // (layers * SHOWN * len(domains))))
+        for d, (prompts, _) in enumerate(read):
+            for number, prompt in enumerate(prompts):
+                progress(done, total)
+                seen = _run(model, watches, prompt, device)
+                for layer, (chosen_TK, weight_TK, entropy_T) in enumerate(seen):
+                    flat, size = chosen_TK.flatten(), len(labels)
+                    choices[layer, d] += torch.bincount(flat, minlength=size).numpy()
+                    each = torch.bincount(flat, weight_TK.flatten(), minlength=size)
+                    weights[layer, d] += each.numpy()
+                    firsts[layer, d] += torch.bincount(chosen_TK[:, 0], minlength=size).numpy()
+                    confidence[layer, d] += float(weight_TK[:, 0].sum())
+                    entropy[layer, d] += float(entropy_T.sum()) / np.log(len(labels))
+                if number < SHOWN:
+                    samples.append(_sample(domains[d].name, tokenizer, prompt, seen, shown))
+                done += 1
+        progress(total, total)
+    return RouteReport(
+        model=name,
+        model_type=str(model.config.model_type),  # type: ignore[union-attr]
+        layers=tuple(watch.router.layer for watch in watches),
+        experts=tuple(labels),
+        per_token=seen[0][0].shape[1],
+        domains=tuple(
+            DomainCount(
+                domain.name,
+                len(prompts),
+                sum(len(p.ids) - p.first for p in prompts),
+                cut,
+                domain.experts,
+            )
+            for domain, (prompts, cut) in zip(domains, read, strict=True)
+        ),
+        mapping=mapping,
+        choices_LDE=choices,
+        weights_LDE=weights,
+        firsts_LDE=firsts,
+        confidence_LD=confidence,
+        entropy_LD=entropy,
+        samples=tuple(samples),
+    )
+
+
+def _tokenized(
+    tokenizer: Any, domain: Domain, context: int | None, most: int | None
+) -> tuple[list[TokenizedPrompt], int]:
+    """Return the prompts of a domain as token ids, and how many were cut to the context."""
+    found, cut, count = [], 0, 0
+    for text in domain.prompts:
+        with quiet():  # it would warn that the text is longer than the model's context
+            (prompt,) = tokenize(tokenizer, [(0, False, text)], None)
+        ids = prompt.ids[:context]
+        cut += len(ids) < len(prompt.ids)
+        found.append(TokenizedPrompt(0, False, ids, prompt.first))
+        count += len(ids) - prompt.first
+        if most is not None and count >= most:
+            break
+    return found, cut
+
+
+def _run(
+    model: nn.Module, watches: Sequence[_Watch], prompt: TokenizedPrompt, device: Any
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return for each layer what its router decides for the tokens that count."""
+    import torch
+
+    model(input_ids=torch.tensor([prompt.ids], device=device), use_cache=False)
+    seen = []
+    for watch in watches:
+        decided = watch.decided()
+        if not all(bool(values.isfinite().all()) for values in decided[1:]):
+            what = f"{watch.router.name} computes NaN or infinity"
+            raise BuildError(Finding(what, "Its weights may be damaged."))
+        chosen, weights, entropy = (values[prompt.first :] for values in decided)
+        seen.append((chosen, weights, entropy))
+    return seen
+
+
+def _sample(
+    domain: str,
+    tokenizer: Any,
+    prompt: TokenizedPrompt,
+    seen: Sequence[tuple[Tensor, Tensor, Tensor]],
+    shown: int,
+) -> Sample:
+    import torch
+
+    ids = prompt.ids[prompt.first :]
+    return Sample(
+        domain,
+        pieces(tokenizer, ids[:shown]),
+        len(ids),
+        torch.stack([chosen[:shown] for chosen, _, _ in seen]).numpy(),
+        torch.stack([weights[:shown] for _, weights, _ in seen]).numpy(),
+    )
+
+
+UNFINISHED = "·"
+"""Stands for a token that is the beginning of a character; the last of its tokens shows it."""
+_BEFORE = 6
+"""Tokens before one that are decoded with it: some decoders drop the first token's space."""
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """Return the text that each token adds to those before it."""
+
+    def text(start: int, end: int) -> str:
+        return str(tokenizer.decode(list(ids[start:end]), clean_up_tokenization_spaces=False))
+
+    found, whole = [], 0
+    for end in range(1, len(ids) + 1):
+        start = max(0, whole - _BEFORE)
+        before, after = text(start, whole), text(start, end)
+        if after.endswith("\N{REPLACEMENT CHARACTER}") and end < min(len(ids), whole + 4):
+            found.append(UNFINISHED)
+            continue
+        found.append(after[len(before) :])
+        whole = end
+    return tuple(found)
