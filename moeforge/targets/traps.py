@@ -183,6 +183,7 @@ ROPES: dict[str, dict[str, str]] = {
         "granitemoe": "yarn",
         "glm4_moe": "longrope",
         "cohere2_moe": "linear",
+        "gemma4_text": "proportional",
     },
     "llama.cpp": {
         "mixtral": "linear llama3 yarn",
