@@ -1,13 +1,11 @@
 """Owns running prompts through a mixture and counting which experts their tokens go to.
 
-What counts is what transformers hands to the experts, so groups of experts, selection biases and
-scales of a family have their say. Knows nothing of how it is shown.
+Leaves it to `route_watch` to see what routers decide; knows nothing of how counts are shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +15,13 @@ from moeforge.forward import quiet
 from moeforge.gates import TokenizedPrompt
 from moeforge.gates._tokenize import tokenize
 from moeforge.proof.route_report import DomainCount, Mapping, RouteReport, Sample
+from moeforge.proof.route_watch import Decided, Watch, watching
 from moeforge.recipe import Prompt
-from moeforge.routing import Router, routers, scored
+from moeforge.routing import routers
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    import torch
+    from torch import nn
 
 SHOWN = 2
 """Prompts of each domain that are kept to be shown token by token."""
@@ -46,83 +46,6 @@ class Domain:
     name: str
     prompts: tuple[Prompt, ...]
     experts: tuple[int, ...] = ()
-
-
-class _Watch:
-    """What one router decides in one forward pass."""
-
-    def __init__(self, router: Router, model: nn.Module) -> None:
-        import torch
-
-        self.router = router
-        self.logits: Tensor | None = None
-        self.handed: tuple[Tensor, Tensor] | None = None
-        self.experts = _experts(model, router)
-        self.alone = isinstance(self.experts, torch.nn.ModuleList)
-        if self.alone and not str(model.config.model_type).startswith("moeforge_"):  # type: ignore[union-attr]
-            what = f"{router.name}: its experts are called one by one, by code that moeforge "
-            what += "does not know: what they are given cannot be seen"
-            raise BuildError(Finding(what))
-
-    def hooks(self) -> Iterator[Any]:
-        yield self.router.owner.register_forward_hook(self._see_logits)
-        if not self.alone:
-            yield self.experts.register_forward_pre_hook(self._see_choice, with_kwargs=True)
-
-    def _see_logits(self, module: nn.Module, given: Any, output: Any) -> None:
-        logits = output[0] if isinstance(output, tuple) else output
-        self.logits = logits.detach().reshape(-1, logits.shape[-1]).float().cpu()
-
-    def _see_choice(self, module: nn.Module, given: Any, named: dict[str, Any]) -> None:
-        tensors = [t for t in (*given[1:], *named.values()) if hasattr(t, "is_floating_point")]
-        numbers = [t for t in tensors if not t.is_floating_point()]
-        weights = [t for t in tensors if t.is_floating_point()]
-        if len(numbers) == len(weights) == 1:
-            self.handed = numbers[0].detach().cpu(), weights[0].detach().double().cpu()
-
-    def decided(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (chosen_TK, weights_TK, entropy_T) and forget them.
-
-        Of the chosen, the one with the largest weight is first; weights add up to 1.
-        """
-        logits, self.logits = self.logits, None
-        handed, self.handed = self.handed, None
-        if logits is None or (handed is None and not self.alone):
-            what = f"{self.router.name} was not asked as routers of known families are"
-            raise BuildError(Finding(f"{what}: its choice cannot be seen"))
-        p_TE = scored(logits.double(), sigmoid=self.router.sigmoid)
-        p_TE = p_TE / p_TE.sum(-1, keepdim=True)
-        entropy_T = -(p_TE * p_TE.clamp(min=1e-300).log()).sum(-1)
-        if handed is None:
-            weights, chosen = self.router.shares(logits).double().topk(self.router.per_token)
-        else:
-            chosen, weights = (t.reshape(len(logits), -1) for t in handed)
-            weights, order = weights.sort(dim=-1, descending=True, stable=True)
-            chosen = chosen.gather(-1, order)
-        return chosen, weights / weights.sum(-1, keepdim=True), entropy_T
-
-
-def _experts(model: nn.Module, router: Router) -> nn.Module:
-    """Return the experts that a router hands tokens to: the nearest module of that name."""
-    inside = router.name.split(".")
-    while inside:
-        inside.pop()
-        found = getattr(model.get_submodule(".".join(inside)), "experts", None)
-        if found is not None:
-            experts: nn.Module = found
-            return experts
-    raise BuildError(Finding(f"{router.name}: no experts are beside this router"))
-
-
-@contextmanager
-def _watching(model: nn.Module) -> Iterator[list[_Watch]]:
-    watches = [_Watch(router, model) for router in routers(model)]
-    hooks = [hook for watch in watches for hook in watch.hooks()]
-    try:
-        yield watches
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def experts_of(model: nn.Module) -> int:
@@ -151,6 +74,7 @@ def measure(
     labels: Sequence[str],
     *,
     name: str,
+    device: str | torch.device = "cpu",
     most: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> RouteReport:
@@ -165,6 +89,7 @@ def measure(
         mapping: see `RouteReport`.
         labels: of the experts, E of them.
         name: of the model, for the report.
+        device: where its input goes.
         most: tokens of each domain after which no further prompt of it is run.
         progress: told the prompts done and all of them.
 
@@ -177,9 +102,8 @@ def measure(
 
     context = max_positions(model.config.to_dict())  # type: ignore[union-attr,operator]
     read = [_tokenized(tokenizer, domain, context, most) for domain in domains]
-    device = next(model.parameters()).device
     total, done = sum(len(prompts) for prompts, _ in read), 0
-    with _watching(model) as watches, torch.inference_mode():
+    with watching(model) as watches, torch.inference_mode():
         layers = len(watches)
         shape = (layers, len(domains), len(labels))
         choices, weights, firsts = (np.zeros(shape) for _ in range(3))
@@ -197,7 +121,7 @@ def measure(
                     weights[layer, d] += each.numpy()
                     firsts[layer, d] += torch.bincount(chosen_TK[:, 0], minlength=size).numpy()
                     confidence[layer, d] += float(weight_TK[:, 0].sum())
-                    entropy[layer, d] += float(entropy_T.sum()) / np.log(len(labels))
+                    entropy[layer, d] += float(entropy_T.sum())
                 if number < SHOWN:
                     samples.append(_sample(domains[d].name, tokenizer, prompt, seen, shown))
                 done += 1
@@ -246,19 +170,15 @@ def _tokenized(
 
 
 def _run(
-    model: nn.Module, watches: Sequence[_Watch], prompt: TokenizedPrompt, device: Any
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+    model: nn.Module, watches: Sequence[Watch], prompt: TokenizedPrompt, device: Any
+) -> list[Decided]:
     """Return for each layer what its router decides for the tokens that count."""
     import torch
 
     model(input_ids=torch.tensor([prompt.ids], device=device), use_cache=False)
     seen = []
     for watch in watches:
-        decided = watch.decided()
-        if not all(bool(values.isfinite().all()) for values in decided[1:]):
-            what = f"{watch.router.name} computes NaN or infinity"
-            raise BuildError(Finding(what, "Its weights may be damaged."))
-        chosen, weights, entropy = (values[prompt.first :] for values in decided)
+        chosen, weights, entropy = (values[prompt.first :] for values in watch.decided())
         seen.append((chosen, weights, entropy))
     return seen
 
@@ -267,7 +187,7 @@ def _sample(
     domain: str,
     tokenizer: Any,
     prompt: TokenizedPrompt,
-    seen: Sequence[tuple[Tensor, Tensor, Tensor]],
+    seen: Sequence[Decided],
     shown: int,
 ) -> Sample:
     import torch

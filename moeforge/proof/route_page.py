@@ -114,7 +114,7 @@ def _table(report: RouteReport) -> str:
         strict=True,
     )
     for layer, entropy, confidence, accuracies in measured:
-        cells = [str(layer), f"{entropy:.2f}", f"{confidence:.2f}"]
+        cells = [str(layer), "—" if entropy != entropy else f"{entropy:.2f}", f"{confidence:.2f}"]
         cells += ["—" if share != share else f"{share:.0%}" for share in accuracies]
         rows.append("".join(f"<td>{cell}</td>" for cell in cells))
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)

@@ -84,7 +84,8 @@ class RouteReport:
         weights_LDE: sum over tokens of the weight of each expert; a token's weights add up to 1.
         firsts_LDE: tokens whose largest weight is this expert's.
         confidence_LD: sum over tokens of the largest weight.
-        entropy_LD: sum over tokens of the entropy of the router's distribution, in units of log E.
+        entropy_LD: sum over tokens of the entropy of the router's distribution, in units of log E;
+            NaN where it is not known how this type of model makes scores of logits.
         samples: prompts to be shown.
     """
 

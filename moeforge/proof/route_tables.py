@@ -151,9 +151,9 @@ def _loads(report: RouteReport) -> Table:
         if not few:
             ends = (int(weight[i].argmin()), int(weight[i].argmax()))
             cells = [f"{report.experts[e]}: {cells[e]}" for e in ends]
-        table.add_row(
-            str(number), *cells, f"{report.entropy_L()[i]:.2f}", f"{report.confidence_L()[i]:.2f}"
-        )
+        entropy = report.entropy_L()[i]
+        cells.append("—" if entropy != entropy else f"{entropy:.2f}")
+        table.add_row(str(number), *cells, f"{report.confidence_L()[i]:.2f}")
     return table
 
 
