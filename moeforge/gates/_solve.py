@@ -125,9 +125,8 @@ def logistic(
             made = share(lambda n: step(n, weight_HC), len(turned))
             gradient = sum((g for _, g in made), penalty * weight_HC)
             scaled_HC.grad = scale_H1 * gradient
-            return torch.tensor(
-                sum(loss for loss, _ in made) + penalty / 2 * float((weight_HC**2).sum())
-            )
+            total = sum(loss for loss, _ in made) + penalty / 2 * float((weight_HC**2).sum())
+            return torch.tensor(total, dtype=torch.float64)
 
         optimizer = torch.optim.LBFGS(
             [scaled_HC],
