@@ -50,7 +50,7 @@ DOORS = {
     ("weights", "prompting"),
     ("prompting", "forge"),
     ("prepare", "tuning"),
-    ("routers", "tuning"),
+    ("weights", "tuning"),
     ("tuning", "forge"),
     ("cli", "__main__"),
 }

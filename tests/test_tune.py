@@ -25,9 +25,10 @@ from moeforge.proof.heldout import load_output
 from moeforge.recipe.tuning import problems
 from moeforge.routing import Router, recording, routers
 from moeforge.tuning import Tuning, data, memory, tune, tune_built, write
+from moeforge.tuning.objective import balance_loss
 from moeforge.tuning.tables import step_line, tuned_json, tuned_markdown, tuned_table, verdict
 from moeforge.tuning.teachers import Lessons, open_teachers
-from moeforge.tuning.train import Trainer, balance_loss, learning_rate
+from moeforge.tuning.train import Trainer, learning_rate
 
 P, Q, A, B = ("pqAB".index(letter) for letter in "pqAB")
 ONE, OWN = 0, {"p": 3, "q": 4}

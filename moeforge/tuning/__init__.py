@@ -101,7 +101,7 @@ def tune(
         before = write.fingerprint(source, places)
         write.copy_checkpoint(source, work)
         tuned = _finish(work, target, wish, made, places, before, began)
-        _tell_card(work / "README.md", tuned)
+        tell_card(work / "README.md", tuned)
     return tuned
 
 
@@ -269,7 +269,7 @@ def _finish(
     )
 
 
-def _tell_card(card: Path, tuned: Tuned) -> None:
+def tell_card(card: Path, tuned: Tuned) -> None:
     """Say in the copied model card what was done to the model since."""
     from moeforge.tuning.tables import tuned_markdown
 
@@ -279,4 +279,4 @@ def _tell_card(card: Path, tuned: Tuned) -> None:
         card.write_text(said, encoding="utf-8")
 
 
-__all__ = ["Tuned", "Tuning", "tune", "tune_built"]
+__all__ = ["Tuned", "Tuning", "tell_card", "tune", "tune_built"]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeforge.errors import BuildError, Finding
-from moeforge.forward import quiet
 from moeforge.gates._tokenize import tokenize
+from moeforge.proof import heldout
 from moeforge.recipe import Prompt, prompts
 
 if TYPE_CHECKING:
@@ -63,13 +63,7 @@ def of_text(tokenizer: Any, path: Path, window: int) -> list[Document]:
     Raises:
         BuildError: it cannot be read, or has no two tokens.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BuildError(Finding(f"{path} cannot be read: {reason}")) from None
-    with quiet():  # it would warn that the text is longer than the model's context
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = heldout.tokenize(tokenizer, heldout.read_text(path))
     found = _cut(ids, tokenizer.bos_token_id, window)
     if not found:
         raise BuildError(Finding(f"{path} has no text to learn from", "Give another file."))
@@ -102,16 +96,13 @@ def of_prompt_file(tokenizer: Any, path: Path, window: int) -> list[Document]:
 
 
 def _cut(ids: Sequence[int], bos: int | None, window: int) -> list[Document]:
-    first = () if bos is None else (bos,)
-    size = window - len(first)
-    pieces = [(*first, *ids[start : start + size]) for start in range(0, len(ids), size)]
-    return [piece for piece in pieces if len(piece) > 1]
+    return [tuple(row) for row in heldout.cut(ids, bos, window)]
 
 
-def split(documents: Sequence[Document], heldout: Sequence[Document] = ()) -> Documents:
-    """Return `documents` for training, and `heldout` for early stopping.
+def split(documents: Sequence[Document], given: Sequence[Document] = ()) -> Documents:
+    """Return `documents` for training, and `given` for early stopping.
 
-    Without `heldout`, every tenth of the documents is held out, the last of each ten in the order
+    Without `given`, every tenth of the documents is held out, the last of each ten in the order
     of the files, so that every part of them has its say; of fewer than ten the last one. Of more
     held-out documents than 128 as many are kept, evenly spaced.
 
@@ -119,16 +110,16 @@ def split(documents: Sequence[Document], heldout: Sequence[Document] = ()) -> Do
         BuildError: there are fewer than two documents to divide, or none to train on.
     """
     training = list(documents)
-    if not heldout:
+    if not given:
         if len(training) < 2:
             what = "there is one document to train on, and none is left to stop by"
             raise BuildError(Finding(what, "Give more text, or held-out text of its own."))
         held = {n for n in range(len(training)) if n % _EVERY == _EVERY - 1}
         held = held or {len(training) - 1}
-        heldout = [training[n] for n in sorted(held)]
+        given = [training[n] for n in sorted(held)]
         training = [document for n, document in enumerate(training) if n not in held]
-    most = min(len(heldout), _MOST_HELD_OUT)
-    spaced = tuple(heldout[n * len(heldout) // most] for n in range(most))
+    most = min(len(given), _MOST_HELD_OUT)
+    spaced = tuple(given[n * len(given) // most] for n in range(most))
     return Documents(tuple(training), spaced)
 
 

@@ -17,7 +17,7 @@ from moeforge.planners.model import from_source
 from moeforge.planners.vocab import tokens_of
 from moeforge.sources import open_source
 from moeforge.tuning.data import Batch, Document, together
-from moeforge.tuning.train import predictions
+from moeforge.tuning.objective import predictions
 from moeforge.weights import Weights
 
 if TYPE_CHECKING:

@@ -6,16 +6,17 @@ Knows models that transformers has loaded and documents of token ids; knows no f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moeforge.errors import BuildError, Finding
 from moeforge.recipe.tuning import Tuning
-from moeforge.routing import Router, chosen, recording, scored
+from moeforge.routing import Router, recording
+from moeforge.tuning.active import active, active_experts
 from moeforge.tuning.data import IGNORED, Batch, Documents, draws, in_order, together
 from moeforge.tuning.memory import save_memory
+from moeforge.tuning.objective import balance_loss, choices, predictions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,11 +27,9 @@ _WARMUP = 0.1
 """Share of the steps in which the learning rate rises."""
 _RATE = 0.38
 """Default learning rate times hidden size: an Adam step moves each of H weights by up to the rate,
-and a logit by up to H times that. At H = 128, on the quickstart's `fitted` mixture, 60 steps brought
-held-out loss from 2.3035 to 2.3005 with 0.001, 2.2990 with 0.003 and 2.2998 with 0.01."""
+and a logit by up to H times that. At H = 128, on the quickstart's `fitted` mixture, 60 steps
+brought held-out loss from 2.3035 to 2.3005 with 0.001, 2.2990 with 0.003, 2.2998 with 0.01."""
 _CLIP = 1.0
-_ACTIVE = ("top_k", "per_token")
-"""What transformers' router modules, and those of our own code, call the experts per token."""
 
 Teach = Callable[[Batch], "Tensor"]
 """Gives log-probabilities [tokens, vocabulary] of the teachers for the labelled tokens of a batch,
@@ -79,26 +78,6 @@ class Outcome:
     history: list[Step] = field(default_factory=list)
 
 
-def balance_loss(router: Router, logits_TE: Tensor) -> Tensor:
-    """Return the load-balance loss of one layer, 1 where the load is even.
-
-    E·Σ_e f_e·P_e with f_e the share of the choices that fall on expert e and P_e its mean score;
-    scores of sigmoid routers are divided by their sum. Source: Fedus et al., "Switch
-    Transformers", arXiv 2101.03961, equations 4 to 6, for more than one expert per token.
-    """
-    scores = scored(logits_TE, sigmoid=router.sigmoid)
-    scores = scores / scores.sum(-1, keepdim=True)
-    loss: Tensor = scores.shape[1] * (choices(router, logits_TE) * scores.mean(0)).sum()
-    return loss
-
-
-def choices(router: Router, logits_TE: Tensor) -> Tensor:
-    """Return the share of the tokens' choices that falls on each expert, [E]."""
-    scores = scored(logits_TE.detach(), sigmoid=router.sigmoid)
-    places = chosen(scores, router.per_token, router.bias).flatten()
-    return places.bincount(minlength=scores.shape[1]).float() / len(places)
-
-
 def learning_rate(settings: Tuning, hidden: int) -> float:
     """Return the peak learning rate for routers that read `hidden` values."""
     return settings.learning_rate or _RATE / hidden
@@ -111,57 +90,12 @@ def torch_device(device: str) -> Any:
     return Accelerator(cpu=device == "cpu").device
 
 
-def active_experts(settings: Tuning, per_token: int, experts: int) -> int:
-    """Return how many experts each token passes through while training.
-
-    Raises:
-        BuildError: the settings ask for fewer than the mixture has, or for more than there are.
-    """
-    if settings.active is None:
-        return min(max(per_token, 2), experts)
-    if not per_token <= settings.active <= experts:
-        what = f"active is {settings.active}; the mixture has {experts} experts, {per_token} active"
-        raise BuildError(Finding(what, f"Give a number from {per_token} to {experts}."))
-    return settings.active
-
-
-@contextmanager
-def _active(model: nn.Module, before: int, now: int) -> Iterator[None]:
-    """Let each token pass through `now` experts instead of `before`."""
-    config: Any = model.config
-    places: list[tuple[Any, str]] = [
-        (module, name)
-        for module in model.modules()
-        for name in _ACTIVE
-        if getattr(module, name, None) == before
-    ]
-    if getattr(config, "top_k_experts", None) == before:  # gemma4 reads its config at each call
-        places.append((config, "top_k_experts"))
-    if now != before and not places:
-        what = f"{config.model_type} models do not say where their experts per token are set"
-        raise BuildError(Finding(what, f"Leave out active, or give {before}."))
-    for holder, name in places:
-        setattr(holder, name, now)
-    try:
-        yield
-    finally:
-        for holder, name in places:
-            setattr(holder, name, before)
-
-
 def _rate(step: int, steps: int) -> float:
     """Return the share of the peak rate for a step, from 0: linear up, half a cosine down."""
     warmup = max(1, round(_WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-
-
-def predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return logits [tokens, vocabulary] in float32 and labels [tokens] of the labelled tokens."""
-    logits_BTV = model(input_ids=batch.ids_BT, use_cache=False).logits
-    labelled = batch.labels_BT != IGNORED
-    return logits_BTV[labelled].float(), batch.labels_BT[labelled]
 
 
 class Trainer:
@@ -211,17 +145,10 @@ class Trainer:
         import torch
         from accelerate import Accelerator
 
-        training = self._documents.training
-        settings, weights = self._settings, [router.weight for router in self._found]
-        for parameter in self._model.parameters():
-            parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
+        training, settings = self._documents.training, self._settings
+        weights = [router.weight for router in self._found]
         accelerator = Accelerator(cpu=self._device == "cpu")
-        self._model.to(accelerator.device)
-        longest = max(map(len, training))
-        tokens = settings.batch * longest
-        save_memory(self._model, tokens, self._while_training, accelerator.device)
+        self._make_ready(accelerator.device)
         rate = learning_rate(settings, self._hidden)
         optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
         optimizer = accelerator.prepare(optimizer)
@@ -248,6 +175,15 @@ class Trainer:
         self._put(outcome.weights)
         return outcome
 
+    def _make_ready(self, device: Any) -> None:
+        """Freeze all but the routers, move to the device, and see to the memory of a step."""
+        self._model.requires_grad_(False)
+        for router in self._found:
+            router.weight.requires_grad_(True)
+        self._model.to(device)
+        longest = max(map(len, self._documents.training))
+        save_memory(self._model, self._settings.batch * longest, self._while_training, device)
+
     def _gradient(self, batch: Batch, accelerator: Any) -> tuple[float, tuple[float, ...]]:
         """Add up the gradient of the loss on `batch`; return the loss and each expert's load."""
         import torch
@@ -255,14 +191,15 @@ class Trainer:
 
         settings, real = self._settings, (batch.labels_BT != IGNORED).flatten()
         with (
-            _active(self._model, self._per_token, self._while_training),
+            active(self._model, self._per_token, self._while_training),
             recording(self._found) as seen,
         ):
             logits_TV, labels_T = predictions(self._model, batch)
             loss = torch.zeros((), device=logits_TV.device)
             if settings.teach < 1:
                 loss = loss + (1 - settings.teach) * cross_entropy(logits_TV, labels_T)
-            if settings.teach and self._teach:
+            if settings.teach:
+                assert self._teach is not None, "nobody teaches"
                 taught_TV = self._teach(batch).to(logits_TV.device)
                 matched = kl_div(
                     logits_TV.log_softmax(-1), taught_TV, reduction="batchmean", log_target=True
