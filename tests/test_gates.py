@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moeforge
 from moeforge import catalog, gates
 from moeforge.forward import layer_inputs
-from moeforge.gates import GateInput, TokenizedPrompt, fitted
+from moeforge.gates import GateInput, TokenizedPrompt
 from moeforge.planners import Planner
 from moeforge.recipe import Reference
 from moeforge.weights import Weights
@@ -44,6 +44,11 @@ def gate_input(folder, seed=0, prompts=PROMPTS, negative=NEGATIVE, experts=2):
         return layer_inputs(config, [p.ids for p in tokenized], weights.read, weights.rows)
 
     return GateInput(shape, seed, tokenized, weights.rows, walk)
+
+
+def made(mode, data):
+    found = gates.load(mode).build(data)
+    return found.weights_LEH if isinstance(found, gates.Gates) else found
 
 
 def hooked(folder, text, side=None, attention="eager"):
@@ -104,13 +109,13 @@ def test_padding_and_attention_do_not_change_what_gates_see(side, attention, mod
 
 @pytest.mark.parametrize("name", catalog.names("gates"))
 def test_shape_finiteness_and_same_seed_same_bits(name, models):
-    gate, folder = gates.load(name), models("llama", seed=5)
-    first, again = gate.build(gate_input(folder)), gate.build(gate_input(folder))
+    folder = models("llama", seed=5)
+    first, again = made(name, gate_input(folder)), made(name, gate_input(folder))
     assert first.shape == (4, 2, 64)
     assert first.dtype == torch.float32
     assert bool(first.isfinite().all())
     assert torch.equal(first, again)
-    other_seed = gate.build(gate_input(folder, seed=1))
+    other_seed = made(name, gate_input(folder, seed=1))
     assert torch.equal(first, other_seed) is ("random" not in name)
     assert bool(first.any()) is (name != "zeros")
 
@@ -154,71 +159,10 @@ def test_cheap_embed_sums_embedding_rows(models):
     assert (result[0, 1] - direction(PROMPTS[1])).abs().max() < 1e-5
 
 
-def clusters(seed, prompts=8, experts=3, tokens=40, hidden=24):
-    """Router inputs of three experts: a common mean, and much variance that says nothing."""
-    fixed = torch.Generator().manual_seed(0)
-    common = 5 * torch.randn(hidden, generator=fixed)
-    centres = torch.randn(experts, hidden, generator=fixed)
-    loud = torch.where(torch.arange(hidden) < 8, 10.0, 0.7)
-    generator = torch.Generator().manual_seed(seed)
-    inputs, labels = [], []
-    for expert in range(experts):
-        for _ in range(prompts):
-            noise = loud * torch.randn(tokens, hidden, generator=generator)
-            inputs.append(common + centres[expert] + noise)
-            labels.append(expert)
-    return inputs, labels
-
-
-def test_fitted_tells_apart_what_means_cannot():
-    inputs, labels = clusters(1)
-    prompts = tuple(TokenizedPrompt(label, False, (0,) * 40, 0) for label in labels)
-    wanted = [fitted.targets(prompt, 3) for prompt in prompts]
-    weight = fitted.fit_layer(inputs, wanted, [1.0] * len(inputs), fitted.held_out(prompts, 3))
-    fresh, fresh_labels = clusters(2)
-    x = torch.cat(fresh)
-    truth = torch.tensor(fresh_labels).repeat_interleave(40)
-    fitted_accuracy = float(((x @ weight.T).argmax(-1) == truth).float().mean())
-    means = torch.stack([torch.cat(inputs[8 * e : 8 * e + 8]).mean(0) for e in range(3)])
-    means = means / means.norm(dim=-1, keepdim=True)
-    mean_accuracy = float(((x @ means.T).argmax(-1) == truth).float().mean())
-    assert fitted_accuracy > 0.9
-    assert mean_accuracy < 0.7
-
-
-def test_fitted_temperature_is_calibrated_on_unseen_prompts():
-    # Where nothing can be told apart, the fit must not be confident.
-    generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(10, 64, generator=generator) for _ in range(12)]
-    prompts = tuple(TokenizedPrompt(i % 3, False, (0,) * 10, 0) for i in range(12))
-    wanted = [fitted.targets(prompt, 3) for prompt in prompts]
-    held = fitted.held_out(prompts, 3)
-    assert 0 < sum(held) < len(held)
-    weight = fitted.fit_layer(inputs, wanted, [1.0] * 12, held)
-    fresh = torch.randn(500, 64, generator=generator)
-    confidence = (fresh @ weight.T).softmax(-1).amax(-1).mean()
-    assert confidence < 0.45
-
-
-def test_fitted_ridge_is_the_textbook_solution():
-    inputs, labels = clusters(3, prompts=1)
-    moments = fitted._Moments(24, 3, "cpu")
-    targets = torch.eye(3)
-    for x, label in zip(inputs, labels, strict=True):
-        moments.add(x, targets[label], 1.0)
-    x = torch.cat(inputs).double()
-    y = targets[torch.tensor(labels)].repeat_interleave(40, 0).double() - 1 / 3
-    ridge = 0.1 * float((x**2).sum()) / 24
-    # Ridge as least squares on rows augmented by √λ·I: another way to the same minimum.
-    augmented = torch.cat([x, ridge**0.5 * torch.eye(24).double()])
-    expected = torch.linalg.lstsq(augmented, torch.cat([y, torch.zeros(24, 3).double()])).solution
-    assert (moments.solve(0.1) - expected).abs().max() < 1e-9
-
-
 def test_negative_prompts_push_away(models):
     folder = models("llama", seed=5)
-    with_negative = gates.load("fitted").build(gate_input(folder))
-    without = gates.load("fitted").build(gate_input(folder, negative={}))
+    with_negative = made("fitted", gate_input(folder))
+    without = made("fitted", gate_input(folder, negative={}))
     config = json.loads((folder / "config.json").read_text())
     weights, tokenizer = weights_of(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(NEGATIVE[0][0])["input_ids"]
@@ -255,7 +199,9 @@ def test_an_inline_base_gives_the_gates_of_the_same_base_on_disk(llamas, tmp_pat
     for mode in ("fitted", "hidden", "cheap_embed"):
         for name, base in (("one", inline), ("two", str(tmp_path / "base"))):
             out = tmp_path / f"{mode}-{name}"
-            moeforge.build(recipe(base, llamas[1:], gate_mode=mode), out)
+            # By default only gates of a base that is a recipe are fitted to the mixture itself.
+            given = {"on_policy": True} if mode == "fitted" else {}
+            moeforge.build(recipe(base, llamas[1:], gate_mode=mode, gate_parameters=given), out)
         one, two = routers(tmp_path / f"{mode}-one"), routers(tmp_path / f"{mode}-two")
         assert (one - two).abs().max() < 1e-3 * one.abs().max()
 
@@ -268,7 +214,7 @@ def test_chats_go_through_the_chat_template(llamas, models, tmp_path):
         json.dumps({"messages": [{"role": "user", "content": "Guten Tag"}]}) + "\n"
     )
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "user: Guten Tag"}) + "\n")
-    made = {}
+    found = {}
     for kind in ("chat", "text"):
         data = recipe(str(folder), llamas[1:], gate_mode="hidden")
         data["experts"][1] = {
@@ -276,8 +222,8 @@ def test_chats_go_through_the_chat_template(llamas, models, tmp_path):
             "prompts_file": str(tmp_path / f"{kind}.jsonl"),
         }
         moeforge.build(data, tmp_path / kind)
-        made[kind] = routers(tmp_path / kind)
-    assert torch.equal(made["chat"], made["text"])
+        found[kind] = routers(tmp_path / kind)
+    assert torch.equal(found["chat"], found["text"])
     data["experts"][1]["prompts_file"] = str(tmp_path / "chat.jsonl")
     data["base_model"] = str(llamas[0])
     with pytest.raises(moeforge.errors.PlanError, match="no chat template"):
