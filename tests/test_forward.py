@@ -16,8 +16,8 @@ from moeforge.families._remote import REFUSED, REMOTE
 from moeforge.forward import layer_inputs, load_dense, quiet
 from moeforge.planners import Planner
 from moeforge.recipe import Reference
-from moeforge.weights import Weights
 from moeforge.sources import open_source
+from moeforge.weights import Weights
 
 DENSE = sorted(kind for kind in ZOO if kind in REMOTE or families.candidates(kind))
 NOT_LAYERED = {

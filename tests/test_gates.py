@@ -13,8 +13,8 @@ from moeforge.forward import layer_inputs
 from moeforge.gates import GateInput, TokenizedPrompt
 from moeforge.planners import Planner
 from moeforge.recipe import Reference
-from moeforge.weights import Weights
 from moeforge.sources import open_source
+from moeforge.weights import Weights
 
 PROMPTS = {
     0: ["def f(x):\n    return x + 1", "import os", "class A(B): pass"],
