@@ -87,6 +87,6 @@ def portable(config: Config, dtype: str | None = None) -> Config:
         if parameters["rope_type"] != "default":
             # Old readers know the key "type" only.
             result["rope_scaling"] = {**scaled, "type": parameters["rope_type"]}
-        elif "rope_scaling" in result:
-            result["rope_scaling"] = None
+        else:
+            result["rope_scaling"] = None  # mlx-lm asks some families for the key
     return result

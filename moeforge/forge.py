@@ -18,16 +18,18 @@ from moeforge.output import card, folder
 from moeforge.output.layout import DEFAULT_SHARD_SIZE, index, lay_out
 from moeforge.plans import ROUTERS, Plan
 from moeforge.prepare import Prepared, prepare
+from moeforge.recipe import MoeRecipe
 from moeforge.routers import compute_routers
 
 if TYPE_CHECKING:
     from moeforge.gates import LayerFit
     from moeforge.proof.heldout import HeldOut
+    from moeforge.tuning.result import Tuned
 
 RecipeLike = str | Path | dict[str, Any]
 Progress = Callable[[str, int, int], None]
-"""Called with the phase ("routers", "tensors", "held-out text"), what is done of it, and all of it;
-tensors are counted in bytes."""
+"""Called with the phase ("routers", "tensors", "teachers", "router training", "held-out text"),
+what is done of it, and all of it; tensors are counted in bytes."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Result:
         seconds: wall-clock time.
         heldout: losses and routing on held-out text, if the recipe asks for them.
         fits: what the fit of each router found out, where gates were fitted.
+        tuned: what training the routers came to, if the recipe asks for it.
     """
 
     folder: Path
@@ -47,6 +50,7 @@ class Result:
     seconds: float
     heldout: HeldOut | None
     fits: tuple[LayerFit, ...] = ()
+    tuned: Tuned | None = None
 
 
 @dataclass(frozen=True)
@@ -148,11 +152,16 @@ def build(
         if text := index(shards):
             (work / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         (work / "moeforge.yml").write_text(prepared.loaded.document.text, encoding="utf-8")
+        tuned = _tune(prepared, plan, work, device, progress)
         heldout = _evaluate(prepared, plan, work, progress)
         tables = heldout.tables() if heldout else []
         text = card.render(plan, card.Card(target.name, prepared.loaded.document.text, tables))
         (work / "README.md").write_text(text, encoding="utf-8")
-    return Result(target, plan, time.perf_counter() - began, heldout, fits)
+        if tuned:
+            from moeforge.tuning import tell_card
+
+            tell_card(work / "README.md", tuned)
+    return Result(target, plan, time.perf_counter() - began, heldout, fits, tuned)
 
 
 def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
@@ -167,6 +176,24 @@ def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
         allowed = f"--memory allows {settings.memory / 1e6:.0f} MB"
         what = f"this build needs about {peak / 1e6:.0f} MB, {allowed}"
         raise BuildError(Finding(what, "Allow more, or use fewer --threads."))
+
+
+def _tune(
+    prepared: Prepared, plan: Plan, work: Path, device: str, progress: Progress
+) -> Tuned | None:
+    recipe = prepared.loaded.recipe
+    if not isinstance(recipe, MoeRecipe) or recipe.tune is None:
+        return None
+    from moeforge.tuning import tune_built
+
+    return tune_built(
+        prepared,
+        plan,
+        work,
+        device=device,
+        progress=lambda step: progress("router training", step.number, step.steps),
+        teaching=lambda done, total: progress("teachers", done, total),
+    )
 
 
 def _evaluate(prepared: Prepared, plan: Plan, work: Path, progress: Progress) -> HeldOut | None:

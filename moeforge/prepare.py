@@ -14,7 +14,16 @@ from moeforge.output.folder import differing_modules, has_chat_template, has_tok
 from moeforge.planners import Planner
 from moeforge.planners.vocab import tokens_of
 from moeforge.plans import Plan
-from moeforge.recipe import Adapter, Expert, LoadedRecipe, MoeRecipe, Prompt, Recipe, Reference
+from moeforge.recipe import (
+    Adapter,
+    Expert,
+    LoadedRecipe,
+    MoeRecipe,
+    Prompt,
+    Recipe,
+    Reference,
+    tuning,
+)
 from moeforge.recipe.prompts import load as load_prompts
 from moeforge.sources import Source, open_source
 from moeforge.sources.adapter import open_adapter
@@ -164,6 +173,9 @@ def prepare(recipe: str | Path | dict[str, Any], *, offline: bool) -> Prepared:
         if not loaded.find(text).is_file()
     ]
     prompts = _read_prompts(loaded, loaded.recipe, findings)
+    if isinstance(loaded.recipe, MoeRecipe) and loaded.recipe.tune is not None:
+        has_prompts = any(expert.has_prompts for expert in loaded.recipe.experts)
+        findings += tuning.problems(loaded.recipe.tune, loaded.find, has_prompts=has_prompts)
     try:
         plan = planner.plan(loaded.recipe)
     except MoeforgeError as error:

@@ -46,6 +46,7 @@ DOORS = {
     ("routers", "forge"),
     ("evaluate", "forge"),
     ("tables", "eval_tables"),
+    ("tables", "tuning"),
     ("prepare", "prompting"),
     ("weights", "prompting"),
     ("prompting", "forge"),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moeforge.cli import models, recipes
+from moeforge.cli import mixtures, models, recipes
 from moeforge.version import __version__
 
 app = typer.Typer(
@@ -24,8 +24,10 @@ for command in (
     models.inspect,
     models.show,
     models.push,
+    mixtures.tune,
 ):
     app.command()(command)
+app.command("eval")(mixtures.evaluate)
 
 
 def _version(value: bool) -> None:

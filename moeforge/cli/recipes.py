@@ -111,6 +111,10 @@ def _show_result(result: Result, *, verbose: bool) -> None:
     if verbose:
         copied = f"{show_size(plan.bytes_copied)} copied as they are"
         console.print(f"{len(plan.tensors)} tensors, {show_size(plan.bytes_read)} read, {copied}")
+    if result.tuned:
+        from moeforge.tuning.tables import tuned_table
+
+        console.print("\nRouters trained", tuned_table(result.tuned))
     if result.heldout:
         from moeforge.tables import heldout_tables
 

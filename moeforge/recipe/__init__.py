@@ -28,6 +28,7 @@ from moeforge.recipe.schema import (
     SliceSource,
     StackRecipe,
 )
+from moeforge.recipe.tuning import Tuning
 
 __all__ = [
     "NO_HOMES",
@@ -49,8 +50,10 @@ __all__ = [
     "Slice",
     "SliceSource",
     "StackRecipe",
+    "Tuning",
     "average",
     "load",
+    "parse_tuning",
 ]
 
 
@@ -116,7 +119,22 @@ def load(recipe: str | Path | dict[str, Any]) -> LoadedRecipe:
     try:
         valid = parse_kind(parsed.data)
     except ValidationError as error:
-        findings = (Finding(item["msg"], path=tuple(item["loc"])) for item in error.errors())
-        placed = sorted(map(parsed.place, findings), key=lambda finding: finding.line)
+        placed = sorted(map(parsed.place, _findings(error)), key=lambda finding: finding.line)
         raise RecipeError(*placed) from None
     return LoadedRecipe(valid, parsed, folder, stem)
+
+
+def parse_tuning(data: dict[str, Any]) -> Tuning:
+    """Validate settings of a router tuning that come from elsewhere than a recipe.
+
+    Raises:
+        RecipeError: with every mistake.
+    """
+    try:
+        return Tuning.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(*_findings(error)) from None
+
+
+def _findings(error: ValidationError) -> list[Finding]:
+    return [Finding(item["msg"], path=tuple(item["loc"])) for item in error.errors()]

@@ -20,6 +20,7 @@ from moeforge.recipe.schema import (
     parse_model,
 )
 from moeforge.recipe.strict import Strict, or_empty, show, wrong
+from moeforge.recipe.tuning import Tuning
 
 REMOTE = "remote"
 """The word for a mixture with modeling code of its own."""
@@ -145,6 +146,7 @@ class MoeRecipe(Recipe):
         layers: which layers have experts; the others keep the base's MLP. "all", a list of layer
             numbers and [start, end) ranges, or regular distances.
         gate_parameters: how the gate mode makes router weights; only `fitted` has any.
+        tune: train the routers, and nothing else, once the mixture is there.
         pad_experts: fill MLPs of unequal width up with zeros, which changes nothing but the size.
     """
 
@@ -157,6 +159,7 @@ class MoeRecipe(Recipe):
     gate_parameters: Annotated[GateParameters, BeforeValidator(or_empty)] = GateParameters()
     layers: Annotated[Any, BeforeValidator(_layers)] = "all"
     pad_experts: bool = False
+    tune: Tuning | None = None
     seed: Seed = 0
 
     def sparse(self, depth: int) -> tuple[bool, ...]:

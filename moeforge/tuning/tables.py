@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moeforge.tables import short_labels
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -97,7 +99,9 @@ def tuned_markdown(tuned: Tuned) -> str:
 
 
 def _labels(tuned: Tuned) -> Sequence[str]:
-    return tuned.labels or [f"expert {number}" for number in range(len(tuned.load[0]))]
+    return short_labels(tuple(tuned.labels)) or [
+        f"expert {number}" for number in range(len(tuned.load[0]))
+    ]
 
 
 def _rows(tuned: Tuned) -> list[tuple[str, str, list[str]]]:
