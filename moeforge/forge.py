@@ -141,6 +141,7 @@ def build(
         if plan.tokenizer:
             plan.tokenizer.write(work)
         if plan.experts:
+            prepared = _select(prepared, device, offline, progress, note)
             routers = compute_routers(prepared, work, device, progress)
             plan = replace(plan, sources={**plan.sources, ROUTERS: routers.source})
             fits = routers.fits
@@ -176,6 +177,22 @@ def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
         allowed = f"--memory allows {settings.memory / 1e6:.0f} MB"
         what = f"this build needs about {peak / 1e6:.0f} MB, {allowed}"
         raise BuildError(Finding(what, "Allow more, or use fewer --threads."))
+
+
+def _select(
+    prepared: Prepared,
+    device: str,
+    offline: bool,
+    progress: Progress,
+    note: Callable[[Finding], None],
+) -> Prepared:
+    recipe = prepared.loaded.recipe
+    experts = (*recipe.experts, *recipe.shared_experts) if isinstance(recipe, MoeRecipe) else ()
+    if not any(expert.select for expert in experts):
+        return prepared
+    from moeforge.prompting import with_selection
+
+    return with_selection(prepared, device=device, offline=offline, progress=progress, note=note)
 
 
 def _tune(

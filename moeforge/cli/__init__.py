@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moeforge.cli import mixtures, models, recipes
+from moeforge.cli import mixtures, models, prompts, recipes
 from moeforge.version import __version__
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for command in (
 ):
     app.command()(command)
 app.command("eval")(mixtures.evaluate)
+app.add_typer(prompts.app, name="prompts")
 
 
 def _version(value: bool) -> None:

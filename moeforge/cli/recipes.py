@@ -128,6 +128,9 @@ def check(
         str | None,
         typer.Option(help="Engine to read the output: transformers4, vllm, llama.cpp or mlx."),
     ] = None,
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="Say how well the experts' prompts can be told apart.")
+    ] = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -136,11 +139,12 @@ def check(
         from moeforge import forge
 
         report = forge.check(recipe, target=target, offline=offline)
+        overlap = _overlap(recipe, offline=offline, as_json=as_json) if prompts else {}
         if as_json:
             errors, notes = findings_json(report.errors), findings_json(report.notes)
             experts = report.plan.experts if report.plan else None
             homes = dict(experts.considered) if experts else {}
-            print_json({"errors": errors, "notes": notes, "architectures": homes})
+            print_json({"errors": errors, "notes": notes, "architectures": homes, **overlap})
         else:
             for finding in report.errors:
                 print(f"error: {finding}", file=sys.stderr)
@@ -152,6 +156,24 @@ def check(
             if not report.errors:
                 print(f"{recipe}: fine; `moeforge plan {recipe}` says what would be made")
         raise typer.Exit(report.exit_code)
+
+
+def _overlap(recipe: Path, *, offline: bool, as_json: bool) -> dict[str, Any]:
+    """Compare the prompts of the experts; show the matrix, or return it as plain data."""
+    from rich.console import Console
+
+    from moeforge.prompting import overlap_of
+    from moeforge.prompting.shown import overlap_json, overlap_table
+
+    shown = not as_json and sys.stderr.isatty()
+    with showing_progress(shown=shown) as progress:
+        found, findings = overlap_of(recipe, offline=offline, progress=progress)
+    if as_json:
+        return {"prompts": {**overlap_json(found), "notes": findings_json(findings)}}
+    Console(highlight=False).print(overlap_table(found))
+    for finding in findings:
+        note(finding)
+    return {}
 
 
 def plan(

@@ -19,6 +19,7 @@ from moeforge.recipe.schema import (
     or_no_entries,
     parse_model,
 )
+from moeforge.recipe.selecting import EmbeddingKeys, PromptFileKeys
 from moeforge.recipe.strict import Strict, or_empty, show, wrong
 from moeforge.recipe.tuning import Tuning
 
@@ -72,7 +73,7 @@ def _source(value: Any) -> Any:
     return tuple(LayerSource.model_validate(entry) for entry in value)
 
 
-class Expert(Strict):
+class Expert(PromptFileKeys):
     """A model whose MLPs become one expert in every layer, or several for ranges of layers.
 
     Attributes:
@@ -80,15 +81,12 @@ class Expert(Strict):
             MLP of layer i of the model whose range holds i.
         positive_prompts: texts that should reach this expert.
         negative_prompts: texts that should not.
-        prompts_file: `.txt` (blank line between prompts) or `.jsonl` (`{"text": …}` or
-            `{"messages": […]}` per line), added to `positive_prompts`.
         residual_scale: factor on the expert's down projection.
     """
 
     source_model: Annotated[Any, BeforeValidator(_source)]
     positive_prompts: tuple[Text, ...] = ()
     negative_prompts: tuple[Text, ...] = ()
-    prompts_file: str | None = None
     residual_scale: Finite = 1.0
     noise_scale: Finite = 0.0
 
@@ -138,7 +136,7 @@ def _layers(value: Any) -> Any:
     return tuple(tuple(entry) if isinstance(entry, (list, tuple)) else entry for entry in value)
 
 
-class MoeRecipe(Recipe):
+class MoeRecipe(Recipe, EmbeddingKeys):
     """A mixture of experts: everything but the MLPs from `base_model`, one MLP per expert.
 
     Attributes:
