@@ -9,7 +9,7 @@ from moeforge.gates import TokenizedPrompt
 from moeforge.gates._balance import biases, carrier, load
 from moeforge.gates._classify import best_temperature, fit_layer
 from moeforge.gates._labels import against, held_out, labels
-from moeforge.gates._solve import Moments, logistic
+from moeforge.gates._solve import Examples, logistic, ridge
 
 
 def prompt(expert, tokens=40, negative=False):
@@ -28,6 +28,10 @@ def clusters(seed, prompts=8, experts=3, tokens=40, hidden=24):
     return [common + centres[e] + n for e, n in zip(owners, noise, strict=True)], owners
 
 
+def examples(inputs, wanted):
+    return Examples(inputs, wanted.wanted, wanted.weights)
+
+
 # --- one layer, against independent solutions ----------------------------------------------------
 
 
@@ -35,8 +39,8 @@ def test_logistic_regression_is_sklearns():
     inputs, owners = clusters(3)
     wanted = labels([prompt(owner) for owner in owners], 3)
     strength = 0.01
-    solve = logistic(inputs, wanted.wanted, wanted.weights, workers.alone, sigmoid=False)
-    ours = solve(strength)
+    solve = logistic([examples(inputs, wanted)], workers.alone)
+    ours = solve(1, strength)
     x = torch.cat(inputs).double().numpy()
     y = torch.tensor(owners).repeat_interleave(40).numpy()
     weights = torch.tensor(wanted.weights).repeat_interleave(40).numpy()
@@ -49,8 +53,8 @@ def test_logistic_regression_is_sklearns():
 def test_sigmoid_logistic_regression_is_at_the_minimum_of_its_loss():
     inputs, owners = clusters(3)
     wanted = labels([prompt(owner) for owner in owners], 3)
-    solve = logistic(inputs, wanted.wanted, wanted.weights, workers.alone, sigmoid=True)
-    weight = solve(0.01).requires_grad_()
+    solve = logistic([examples(inputs, wanted)], workers.alone, sigmoid=True)
+    weight = solve(1, 0.01).requires_grad_()
     x = torch.cat(inputs).double()
     y = torch.cat([w.expand(40, -1) for w in wanted.wanted])
     scores = (x @ weight).sigmoid()
@@ -77,15 +81,19 @@ def test_ridge_with_soft_labels_and_weights_is_least_squares():
     generator = torch.Generator().manual_seed(0)
     wanted = [torch.rand(3, generator=generator).softmax(-1).double() for _ in owners]
     weights = [1.0 + i for i in range(len(owners))]
-    moments = Moments(inputs, wanted, weights, workers.alone)
+    half = len(owners) // 2
+    groups = [
+        Examples(inputs[a:b], wanted[a:b], weights[a:b]) for a, b in ((0, half), (half, None))
+    ]
+    solve = ridge(groups, workers.alone)
     x = torch.cat(inputs).double()
     root = torch.tensor(weights).repeat_interleave(40).double().sqrt()[:, None]
     y = torch.stack(wanted).repeat_interleave(40, 0) - 1 / 3
-    ridge = 0.1 * float(((root * x) ** 2).sum()) / 24
-    augmented = torch.cat([root * x, ridge**0.5 * torch.eye(24).double()])
+    strength = 0.1 * float(((root * x) ** 2).sum()) / 24
+    augmented = torch.cat([root * x, strength**0.5 * torch.eye(24).double()])
     right = torch.cat([root * y, torch.zeros(24, 3).double()])
     expected = torch.linalg.lstsq(augmented, right).solution
-    assert (moments.solve(0.1) - expected).abs().max() < 1e-9
+    assert (solve(2, 0.1) - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])
@@ -115,10 +123,12 @@ def test_where_nothing_can_be_told_apart_the_fit_is_not_confident():
 
 def test_without_held_out_prompts_the_strongest_regularization_is_taken():
     inputs, owners = clusters(1, prompts=1)
-    found = fit_layer(inputs, labels([prompt(owner) for owner in owners], 3))
+    wanted = labels([prompt(owner) for owner in owners], 3)
+    assert fit_layer(inputs, wanted, method="logistic").regularization == 0.1
+    found = fit_layer(inputs, wanted, method="ridge")
     assert found.regularization == 10.0
     assert found.loss != found.loss
-    given = fit_layer(inputs, labels([prompt(owner) for owner in owners], 3), regularization=0.5)
+    given = fit_layer(inputs, wanted, regularization=0.5)
     assert given.regularization == 0.5
 
 

@@ -12,6 +12,7 @@ from zoo import ZOO
 import moeforge
 from moeforge import gates, mixing, workers
 from moeforge.errors import show_path
+from moeforge.fit_tables import fits_json, fits_table
 from moeforge.forward import losses
 from moeforge.gates import fitted
 from moeforge.planners import Planner
@@ -233,6 +234,10 @@ def test_balance_is_what_the_built_mixture_does(home, llamas, tmp_path):
                 assert fit.load == fit.fitted_load
             if name == "full":
                 assert row.tolist() == pytest.approx(target, abs=0.02)
+        shown = fits_json(result.fits, result.plan.experts)
+        assert json.loads(json.dumps(shown)) == shown
+        assert [list(row["load"].values()) for row in shown] == [list(f.load) for f in result.fits]
+        assert fits_table(result.fits, result.plan.experts).row_count == 4
     names = [n for n in load_file(tmp_path / "full" / "model.safetensors") if "bias" in n]
     biases_on_disk = load_file(tmp_path / "full" / "model.safetensors")
     assert bool(names) is (home == "glm4_moe")

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moeforge.gates._labels import Labels
-from moeforge.gates._solve import Moments, Solver, logistic, normalised
+from moeforge.gates._solve import Examples, logistic, normalised, ridge
 from moeforge.workers import Share, alone
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_METHODS = {"ridge": ridge, "logistic": logistic}
 _REGULARIZATION = {
     "ridge": (0.001, 0.01, 0.1, 1.0, 10.0),
     "logistic": (1e-5, 1e-4, 0.001, 0.01, 0.1),
@@ -62,7 +63,7 @@ def fit_layer(
     inputs: Sequence[Tensor],
     wanted: Labels,
     *,
-    method: str = "ridge",
+    method: str = "logistic",
     regularization: float | None = None,
     sigmoid: bool = False,
     share: Share = alone,
@@ -73,43 +74,35 @@ def fit_layer(
         inputs: router inputs of each prompt [tokens, H].
         wanted: what they want, and which prompts choose λ and temperature; where none does, all
             choose the temperature, and λ is the strongest.
-        method: "ridge" or "logistic".
+        method: "logistic" or "ridge".
         regularization: λ, if it is given.
         sigmoid: scores are sigmoids.
         share: gives work to threads.
     """
     import torch
 
-    numbers = range(len(inputs))
-    teachers = [i for i in numbers if not wanted.held[i]]
-    judges = [i for i in numbers if wanted.held[i]]
-
-    def solver(chosen: Sequence[int]) -> Solver:
-        parts = (
+    def group(held: bool) -> Examples:
+        chosen = [i for i, out in enumerate(wanted.held) if out is held]
+        return Examples(
             [inputs[i] for i in chosen],
             [wanted.wanted[i] for i in chosen],
             [wanted.weights[i] for i in chosen],
         )
-        if method == "logistic":
-            return logistic(*parts, share, sigmoid=sigmoid)
-        return Moments(*parts, share).solve
 
-    asked = judges or teachers
-    counts = [len(inputs[i]) for i in asked]
-    x_TH = torch.cat([inputs[i] for i in asked]).double()
-    y_TC = torch.cat([wanted.wanted[i].expand(n, -1) for i, n in zip(asked, counts, strict=True)])
-    w_T = torch.cat(
-        [torch.full((n,), wanted.weights[i]) for i, n in zip(asked, counts, strict=True)]
-    )
-    y_TC, w_T = y_TC.to(x_TH), w_T.to(x_TH)
+    groups = [group(False), group(True)] if any(wanted.held) else [group(False)]
+    solve = _METHODS[method](groups, share, sigmoid=sigmoid)
+    judges = groups[-1]
+    y_TC, w_T = judges.by_token()
     # Without held-out prompts the loss would choose the least λ: take the strongest instead.
     known = _REGULARIZATION[method]
-    candidates = (regularization,) if regularization else known if judges else known[-1:]
-    solve, choices = solver(teachers), []
+    unseen = len(groups) > 1
+    candidates = (regularization,) if regularization else known if unseen else known[-1:]
+    choices = []
     for candidate in candidates:
-        logits_TC = x_TH @ solve(candidate).to(x_TH)
+        weight_HC = solve(1, candidate).to(y_TC)
+        logits_TC = torch.cat([x.double() @ weight_HC for x in judges.inputs])
         loss, factor = best_temperature(logits_TC, y_TC, w_T, sigmoid=sigmoid)
         choices.append((loss, candidate, factor))
     loss, chosen, factor = min(choices)
-    weight_HC = solver(list(numbers))(chosen) if judges else solve(chosen)
-    return Classifier(factor * weight_HC.T, chosen, factor, loss if judges else float("nan"))
+    weight_EH = factor * solve(len(groups), chosen).T
+    return Classifier(weight_EH, chosen, factor, loss if unseen else float("nan"))

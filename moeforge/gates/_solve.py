@@ -7,6 +7,7 @@ threads changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moeforge.workers import Share
@@ -14,13 +15,40 @@ from moeforge.workers import Share
 if TYPE_CHECKING:
     from torch import Tensor
 
-Solver = Callable[[float], "Tensor"]
-"""Returns weights [H, C] on the CPU for a λ."""
+Solver = Callable[[int, float], "Tensor"]
+"""Returns weights [H, C] on the CPU, given how many groups of examples count, and λ."""
 
 _STRIPE = 256
-"""Columns of Σxxᵀ, or rows of activations, in a piece of work."""
+"""Columns of Σxxᵀ in a piece of work."""
+_ROWS = 1024
+"""Rows of activations in a piece of work."""
 _STEPS = 200
 """Most steps of L-BFGS; it stops by itself, mostly after some thirty."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a classifier learns from.
+
+    Attributes:
+        inputs: of each prompt [tokens, H].
+        wanted: distribution over the classes for each prompt [C].
+        weights: weight of each token of a prompt.
+    """
+
+    inputs: Sequence[Tensor]
+    wanted: Sequence[Tensor]
+    weights: Sequence[float]
+
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """Return what is wanted [T, C] and what it weighs [T] for each token, in float64."""
+        import torch
+
+        counts = [len(x) for x in self.inputs]
+        rows = [y.expand(n, -1) for y, n in zip(self.wanted, counts, strict=True)]
+        weights = [torch.full((n,), w) for w, n in zip(self.weights, counts, strict=True)]
+        device = self.inputs[0].device
+        return torch.cat(rows).double().to(device), torch.cat(weights).double().to(device)
 
 
 def second_moment(inputs: Sequence[Tensor], weights: Sequence[float], share: Share) -> Tensor:
@@ -40,35 +68,31 @@ def second_moment(inputs: Sequence[Tensor], weights: Sequence[float], share: Sha
     return total
 
 
-class Moments:
-    """Σ w·xxᵀ [H, H] and Σ w·x(y − 1/C)ᵀ [H, C]: all that ridge regression needs of the inputs."""
+def ridge(groups: Sequence[Examples], share: Share, *, sigmoid: bool = False) -> Solver:
+    """Return the solver W = (Σxxᵀ + λ·tr/H·I)⁻¹ Σx(y − 1/C)ᵀ, all sums weighted.
 
-    def __init__(
-        self,
-        inputs: Sequence[Tensor],
-        wanted: Sequence[Tensor],
-        weights: Sequence[float],
-        share: Share,
-    ) -> None:
-        self.xx_HH = second_moment(inputs, weights, share)
-        self.xy_HC = self.xx_HH.new_zeros(len(self.xx_HH), len(wanted[0]))
-        for x_TH, wanted_C, weight in zip(inputs, wanted, weights, strict=True):
-            centred = wanted_C.to(self.xy_HC) - 1.0 / len(wanted_C)
-            self.xy_HC.addr_(x_TH.double().sum(0), centred, alpha=weight)
+    Two matrices, H×H and H×C, are all that is kept of a group. What scores are made of logits makes
+    no difference.
+    """
+    import torch
 
-    def add(self, other: Moments) -> None:
-        """Add what another set of inputs gave."""
-        self.xx_HH += other.xx_HH
-        self.xy_HC += other.xy_HC
+    kept = []
+    for group in groups:
+        xx_HH = second_moment(group.inputs, group.weights, share)
+        xy_HC = xx_HH.new_zeros(len(xx_HH), len(group.wanted[0]))
+        for x_TH, wanted_C, weight in zip(group.inputs, group.wanted, group.weights, strict=True):
+            centred = wanted_C.to(xy_HC) - 1.0 / len(wanted_C)
+            xy_HC.addr_(x_TH.double().sum(0), centred, alpha=weight)
+        kept.append((xx_HH.cpu(), xy_HC.cpu()))
 
-    def solve(self, regularization: float) -> Tensor:
-        """Return (Σxxᵀ + λ·tr/H·I)⁻¹ Σxyᵀ [H, C], on the CPU."""
-        import torch
-
-        system = self.xx_HH.cpu().clone()
+    def solve(count: int, regularization: float) -> Tensor:
+        system = torch.stack([xx_HH for xx_HH, _ in kept[:count]]).sum(0)
         system.diagonal().add_(max(regularization * float(system.trace()) / len(system), 1e-12))
-        solution: Tensor = torch.linalg.solve(system, self.xy_HC.cpu())
+        wanted_HC = torch.stack([xy_HC for _, xy_HC in kept[:count]]).sum(0)
+        solution: Tensor = torch.linalg.solve(system, wanted_HC)
         return solution
+
+    return solve
 
 
 def normalised(logits: Tensor, *, sigmoid: bool) -> Tensor:
@@ -80,51 +104,32 @@ def normalised(logits: Tensor, *, sigmoid: bool) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def logistic(
-    inputs: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    weights: Sequence[float],
-    share: Share,
-    *,
-    sigmoid: bool,
-) -> Solver:
+def logistic(groups: Sequence[Examples], share: Share, *, sigmoid: bool = False) -> Solver:
     """Return the solver of Σ w·CE(y, s/Σs) + λ·tr(Σw·xxᵀ)/2H·‖W‖², the scores s being the router's.
 
     Multinomial logistic regression where scores are a softmax. Solved by L-BFGS in the axes of
     Σw·xxᵀ, each scaled to what curvature it has at least: the minimum is the same, and a few dozen
-    steps reach it whatever the spread of the inputs.
+    steps reach it whatever the spread of the inputs. All inputs are kept, in float64.
     """
     import torch
 
-    xx_HH = second_moment(inputs, weights, share)
+    inputs = [x for group in groups for x in group.inputs]
+    xx_HH = second_moment(inputs, [w for group in groups for w in group.weights], share)
     values_H, axes_HH = torch.linalg.eigh(xx_HH.cpu())
-    axes_HH = axes_HH.to(xx_HH.device)
-    pieces = torch.cat(list(inputs)).split(4 * _STRIPE)  # type: ignore[no-untyped-call]
-    turned = share(lambda n: pieces[n].double() @ axes_HH, len(pieces))
-    counts = [len(x) for x in inputs]
-    y_TC = torch.cat([y.expand(n, -1) for y, n in zip(wanted, counts, strict=True)]).to(xx_HH)
-    w_T = torch.cat([torch.full((n,), w) for w, n in zip(weights, counts, strict=True)]).to(xx_HH)
-    y, w = y_TC.split(4 * _STRIPE), w_T.split(4 * _STRIPE)  # type: ignore[no-untyped-call]
+    values_H, axes_HH = values_H.clamp_min(0).to(xx_HH), axes_HH.to(xx_HH)
+    kept = [_turned(group, axes_HH, share) for group in groups]
 
-    def step(number: int, weight_HC: Tensor) -> tuple[float, Tensor]:
-        logits = turned[number] @ weight_HC
-        logs = normalised(logits, sigmoid=sigmoid)
-        slope = logs.exp() - y[number]
-        if sigmoid:
-            slope = slope * (1 - logits.sigmoid())
-        loss = -(w[number] * (y[number] * logs).sum(-1)).sum()
-        return float(loss), turned[number].T @ (slope * w[number][:, None])
-
-    def solve(regularization: float) -> Tensor:
-        penalty = max(regularization * float(values_H.sum()) / len(values_H), 1e-12)
-        scale_H1 = (values_H.clamp_min(0) + penalty).rsqrt().to(xx_HH)[:, None]
-        scaled_HC = torch.zeros(len(values_H), y_TC.shape[1], dtype=torch.float64).to(xx_HH)
+    def solve(count: int, regularization: float) -> Tensor:
+        pieces = [piece for group in kept[:count] for piece in group]
+        trace = sum(float((w_T[:, None] * x_TH**2).sum()) for x_TH, _, w_T in pieces)
+        penalty = max(regularization * trace / len(values_H), 1e-12)
+        scale_H1 = (values_H + penalty).rsqrt()[:, None]
+        scaled_HC = values_H.new_zeros(len(values_H), pieces[0][1].shape[1])
 
         def closure() -> Any:
             weight_HC = scale_H1 * scaled_HC
-            made = share(lambda n: step(n, weight_HC), len(turned))
-            gradient = sum((g for _, g in made), penalty * weight_HC)
-            scaled_HC.grad = scale_H1 * gradient
+            made = share(lambda n: _slope(*pieces[n], weight_HC, sigmoid=sigmoid), len(pieces))
+            scaled_HC.grad = scale_H1 * sum((slope for _, slope in made), penalty * weight_HC)
             total = sum(loss for loss, _ in made) + penalty / 2 * float((weight_HC**2).sum())
             return torch.tensor(total, dtype=torch.float64)
 
@@ -141,3 +146,27 @@ def logistic(
         return solution
 
     return solve
+
+
+def _turned(group: Examples, axes_HH: Tensor, share: Share) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return inputs in other axes, what is wanted and the weights, by pieces of work."""
+    import torch
+
+    pieces = torch.cat(list(group.inputs)).split(_ROWS)  # type: ignore[no-untyped-call]
+    turned = share(lambda n: pieces[n].double() @ axes_HH, len(pieces))
+    y_TC, w_T = group.by_token()
+    parts = zip(turned, y_TC.split(_ROWS), w_T.split(_ROWS), strict=True)  # type: ignore[no-untyped-call]
+    return list(parts)
+
+
+def _slope(
+    x_TH: Tensor, y_TC: Tensor, w_T: Tensor, weight_HC: Tensor, *, sigmoid: bool
+) -> tuple[float, Tensor]:
+    """Return Σ w·CE(y, s/Σs) of some tokens, and its derivative by the weights [H, C]."""
+    logits = x_TH @ weight_HC
+    logs = normalised(logits, sigmoid=sigmoid)
+    slope = logs.exp() - y_TC
+    if sigmoid:
+        slope = slope * (1 - logits.sigmoid())
+    loss = -(w_T * (y_TC * logs).sum(-1)).sum()
+    return float(loss), x_TH.T @ (slope * w_T[:, None])

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from moeforge.recipe.document import unknown
 from moeforge.recipe.strict import Strict, show, wrong
 
-METHODS = ("ridge", "logistic")
+METHODS = ("logistic", "ridge")
 LABELS = ("owner", "loss")
 
 
@@ -38,7 +38,7 @@ class GateParameters(Strict):
     """How the gate mode `fitted` fits.
 
     Attributes:
-        method: "ridge", in closed form, or "logistic".
+        method: "logistic", or "ridge", in closed form.
         regularization: λ, relative to the mean variance of the router's input; None lets prompts
             that the fit has not seen choose it.
         on_policy: fit on what the mixture itself computes, and not on what the base computes; None
@@ -50,7 +50,7 @@ class GateParameters(Strict):
             of the load that each expert is to have.
     """
 
-    method: Annotated[str, _word("method", METHODS)] = "ridge"
+    method: Annotated[str, _word("method", METHODS)] = "logistic"
     regularization: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     on_policy: bool | None = None
     labels: Annotated[str, _word("kind of labels", LABELS)] = "owner"

@@ -99,7 +99,7 @@ def main() -> None:
                 )
                 prepared = prepare(wanted, offline=True)
                 with gate_input(prepared, out, "cpu", lambda *told: None) as data:
-                    if not data.on_policy and data.prompts and (label, seed) not in walks:
+                    if data.prompts and not given.get("on_policy") and (label, seed) not in walks:
                         walks[label, seed] = list(data.walk())
                     known = partial(walks.get, (label, seed), ())
                     made = gates.load(mode).build(replace(data, walk=known))
