@@ -578,7 +578,7 @@ def test_a_build_gets_a_short_report(remote):
     report = short(remote, domains, ["p", "q", "r", "s"], name="mine")
     assert isinstance(report, RouteReport)
     assert (report.mapping, report.experts) == ("given", ("p", "q", "r", "s"))
-    assert report.domains[0].prompts == 7  # 2000 tokens, and the rest of the prompt
+    assert report.domains[0].prompts == 4  # 1000 tokens, and the rest of the prompt
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(remote, trust_remote_code=True)
     again = short(remote, domains, ["p", "q", "r", "s"], name="mine", model=model.eval())

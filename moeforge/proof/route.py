@@ -5,7 +5,7 @@ Leaves it to `route_watch` to see what routers decide; knows nothing of how coun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ MOST_TOKENS = 200
 """Tokens shown of a prompt, at most."""
 MOST_CELLS = 40_000
 """Tokens shown in all layers of all prompts, at most: a page of some 4 MB."""
+_BATCH = 4096
+"""Tokens that run side by side, at most, filled up; a longer prompt runs alone."""
 
 Progress = Callable[[int, int], None]
 
@@ -80,7 +82,8 @@ def measure(
 ) -> RouteReport:
     """Run the prompts of every domain and count where their tokens go.
 
-    Prompts run one by one, so there is no padding; BOS does not count.
+    Prompts run side by side, filled up on the right, where nothing before it depends on it. What
+    they are filled up with does not count, nor does BOS.
 
     Args:
         model: a mixture in transformers.
@@ -97,41 +100,29 @@ def measure(
         SourceError: a prompt has no tokens, or needs a chat template that is not there.
         BuildError: the model's routers cannot be watched, or compute NaN.
     """
-    import numpy as np
     import torch
 
     context = max_positions(model.config.to_dict())  # type: ignore[union-attr,operator]
     read = [_tokenized(tokenizer, domain, context, most) for domain in domains]
-    total, done = sum(len(prompts) for prompts, _ in read), 0
+    total, done, samples = sum(len(prompts) for prompts, _ in read), 0, []
     with watching(model) as watches, torch.inference_mode():
-        layers = len(watches)
-        shape = (layers, len(domains), len(labels))
-        choices, weights, firsts = (np.zeros(shape) for _ in range(3))
-        confidence, entropy = np.zeros(shape[:2]), np.zeros(shape[:2])
-        samples = []
-        shown = min(MOST_TOKENS, max(1, MOST_CELLS // (layers * SHOWN * len(domains))))
+        counts = _Counts(len(watches), len(domains), len(labels))
+        shown = min(MOST_TOKENS, max(1, MOST_CELLS // (len(watches) * SHOWN * len(domains))))
         for d, (prompts, _) in enumerate(read):
-            for number, prompt in enumerate(prompts):
+            for batch in _batches(prompts):
                 progress(done, total)
-                seen = _run(model, watches, prompt, device)
-                for layer, (chosen_TK, weight_TK, entropy_T) in enumerate(seen):
-                    flat, size = chosen_TK.flatten(), len(labels)
-                    choices[layer, d] += torch.bincount(flat, minlength=size).numpy()
-                    each = torch.bincount(flat, weight_TK.flatten(), minlength=size)
-                    weights[layer, d] += each.numpy()
-                    firsts[layer, d] += torch.bincount(chosen_TK[:, 0], minlength=size).numpy()
-                    confidence[layer, d] += float(weight_TK[:, 0].sum())
-                    entropy[layer, d] += float(entropy_T.sum())
-                if number < SHOWN:
-                    samples.append(_sample(domains[d].name, tokenizer, prompt, seen, shown))
-                done += 1
+                for number, prompt, seen in _run(model, watches, prompts, batch, device):
+                    counts.add(d, seen)
+                    if number < SHOWN:
+                        samples.append(_sample(domains[d].name, tokenizer, prompt, seen, shown))
+                done += len(batch)
         progress(total, total)
     return RouteReport(
         model=name,
         model_type=str(model.config.model_type),  # type: ignore[union-attr]
         layers=tuple(watch.router.layer for watch in watches),
         experts=tuple(labels),
-        per_token=seen[0][0].shape[1],
+        per_token=counts.per_token,
         domains=tuple(
             DomainCount(
                 domain.name,
@@ -143,13 +134,50 @@ def measure(
             for domain, (prompts, cut) in zip(domains, read, strict=True)
         ),
         mapping=mapping,
-        choices_LDE=choices,
-        weights_LDE=weights,
-        firsts_LDE=firsts,
-        confidence_LD=confidence,
-        entropy_LD=entropy,
+        choices_LDE=counts.choices_LDE,
+        weights_LDE=counts.weights_LDE,
+        firsts_LDE=counts.firsts_LDE,
+        confidence_LD=counts.confidence_LD,
+        entropy_LD=counts.entropy_LD,
         samples=tuple(samples),
     )
+
+
+class _Counts:
+    """Adds up what routers decide; see `RouteReport` for what is added up."""
+
+    def __init__(self, layers: int, domains: int, experts: int) -> None:
+        import numpy as np
+
+        shape = (layers, domains, experts)
+        self.choices_LDE, self.weights_LDE, self.firsts_LDE = (np.zeros(shape) for _ in range(3))
+        self.confidence_LD, self.entropy_LD = np.zeros(shape[:2]), np.zeros(shape[:2])
+        self.per_token = 0
+
+    def add(self, d: int, seen: Sequence[Decided]) -> None:
+        """Add a prompt of domain `d`: what was decided in each layer."""
+        import torch
+
+        size = self.choices_LDE.shape[-1]
+        for layer, (chosen_TK, weights_TK, entropy_T) in enumerate(seen):
+            flat = chosen_TK.flatten()
+            weights_E = torch.bincount(flat, weights_TK.flatten(), minlength=size)
+            self.choices_LDE[layer, d] += torch.bincount(flat, minlength=size).numpy()
+            self.weights_LDE[layer, d] += weights_E.numpy()
+            self.firsts_LDE[layer, d] += torch.bincount(chosen_TK[:, 0], minlength=size).numpy()
+            self.confidence_LD[layer, d] += float(weights_TK[:, 0].sum())
+            self.entropy_LD[layer, d] += float(entropy_T.sum())
+        self.per_token = max(self.per_token, seen[0][0].shape[1])
+
+
+def _batches(prompts: Sequence[TokenizedPrompt]) -> Iterator[range]:
+    """Yield runs of prompts whose filled-up batch is no larger than `_BATCH`, or one prompt."""
+    start = 0
+    for end in range(1, len(prompts) + 1):
+        longest = max(len(prompt.ids) for prompt in prompts[start : end + 1])
+        if end == len(prompts) or longest * (end + 1 - start) > _BATCH:
+            yield range(start, end)
+            start = end
 
 
 def _tokenized(
@@ -170,17 +198,28 @@ def _tokenized(
 
 
 def _run(
-    model: nn.Module, watches: Sequence[Watch], prompt: TokenizedPrompt, device: Any
-) -> list[Decided]:
-    """Return for each layer what its router decides for the tokens that count."""
+    model: nn.Module,
+    watches: Sequence[Watch],
+    prompts: Sequence[TokenizedPrompt],
+    batch: range,
+    device: Any,
+) -> list[tuple[int, TokenizedPrompt, list[Decided]]]:
+    """Return number, prompt and what each layer decides for its tokens that count."""
     import torch
 
-    model(input_ids=torch.tensor([prompt.ids], device=device), use_cache=False)
-    seen = []
-    for watch in watches:
-        chosen, weights, entropy = (values[prompt.first :] for values in watch.decided())
-        seen.append((chosen, weights, entropy))
-    return seen
+    longest = max(len(prompts[number].ids) for number in batch)
+    ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+    for row, number in enumerate(batch):
+        ids_BT[row, : len(prompts[number].ids)] = torch.tensor(prompts[number].ids)
+    decoder: Any = model.base_model  # routers are in it; logits of all tokens would take memory
+    decoder(input_ids=ids_BT.to(device), use_cache=False)
+    decided = [watch.decided() for watch in watches]
+    found = []
+    for row, number in enumerate(batch):
+        prompt = prompts[number]
+        here = slice(row * longest + prompt.first, row * longest + len(prompt.ids))
+        found.append((number, prompt, [(c[here], w[here], h[here]) for c, w, h in decided]))
+    return found
 
 
 def _sample(

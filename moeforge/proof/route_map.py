@@ -39,7 +39,7 @@ def draw(report: RouteReport, path: Path) -> None:
     panels += [(domain.name, by_domain[:, d]) for d, domain in enumerate(report.domains)]
     left_out, panels = len(panels[PANELS:]), panels[:PANELS]
     layers, experts = panels[0][1].shape
-    across = min(len(panels), _ACROSS)
+    across = 2 if len(panels) == 4 else min(len(panels), _ACROSS)
     down = math.ceil(len(panels) / across)
     wide = min(5.0, max(2.2, 0.52 * experts if experts <= _TICKS else 0.07 * experts))
     high = min(5.0, max(1.1, 0.26 * layers if layers <= _TICKS else 0.09 * layers))
@@ -65,8 +65,9 @@ def draw(report: RouteReport, path: Path) -> None:
         if layers * experts <= 64:
             _write(axes, share_LE, top)
     bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 2.2 / (down * high)), pad=0.02)
-    bar.ax.set_title("share of\nweight\n(line: even)", fontsize=8, loc="left")
+    bar.ax.set_title("share of\nweight", fontsize=8, loc="left")
     bar.ax.axhline(report.even, color="white", linewidth=1)
+    bar.ax.set_xlabel("line:\neven", fontsize=8, loc="left")
     bar.ax.tick_params(labelsize=8)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     note = f"; {left_out} more domains are not shown" if left_out else ""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SHORT_PART = 0.25
 """A build looks at its routing only where the result in float32 takes less than this part of the
 memory that is free: a second look at the build's end must not push anything else out."""
-SHORT_TOKENS = 2000
+SHORT_TOKENS = 1000
 """Tokens of each domain that a build looks at."""
 
 
@@ -112,7 +112,7 @@ def short(
 ) -> RouteReport | Finding:
     """Return the routing of a mixture that has just been built, or why it was not looked at.
 
-    At most 2000 tokens of each domain are read, and a prompt's rest.
+    At most 1000 tokens of each domain are read, and a prompt's rest.
 
     Args:
         folder: the result, with its tokenizer.
