@@ -17,13 +17,13 @@ import tiny
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-from moeforge import forge
+from moeforge import catalog, forge
 from moeforge.errors import BuildError, Finding, MoeforgeError, SourceError
 from moeforge.forward import quiet
 from moeforge.proof import loading, route_map, route_page, route_tables, routing_of
-from moeforge.proof.route import MOST_CELLS, Domain, measure, pieces
+from moeforge.proof.route import MOST_CELLS, Domain, experts_of, measure, pieces
 from moeforge.proof.route_report import DomainCount, RouteReport, Sample
 from moeforge.proof.routing_of import route, short
 from moeforge.recipe import Prompt
@@ -225,6 +225,42 @@ def test_weights_read_from_disk_change_nothing(models, tmp_path, monkeypatch):
     streamed = route(str(folder), files)
     assert np.array_equal(whole.choices_LDE, streamed.choices_LDE)
     assert np.allclose(whole.weights_LDE, streamed.weights_LDE, atol=1e-4)
+
+
+MIXTURES = {
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
+    "granitemoehybrid": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""What makes mixtures of types that are dense in the zoo."""
+SHELF = sorted(set(catalog.names("families")) & set(zoo.ZOO))
+
+
+@pytest.mark.parametrize("kind", [*SHELF, "deepseek_v32"])
+def test_prompts_side_by_side_change_nothing(kind):
+    with quiet():
+        made = CONFIG_MAPPING[kind](**{**tiny.SHAPE, **zoo.ZOO[kind], **MIXTURES.get(kind, {})})
+        model = AutoModelForCausalLM.from_config(made).eval()
+    tiny.randomize(model, 1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("per_expert_scale"):
+            parameter.data.abs_()  # negative ones are no shares
+    labels = list(map(str, range(experts_of(model))))
+
+    def measured(*texts):
+        domain = Domain("a", tuple(Prompt(text=text) for text in texts))
+        return measure(model, tiny.tokenizer(), [domain], "best", labels, name=kind)
+
+    texts = ("a short one", "Hello wide world, a longer text", "x")
+    together, alone = measured(*texts), [measured(text) for text in texts]
+    assert np.array_equal(together.choices_LDE, sum(one.choices_LDE for one in alone))
+    for name in ("weights_LDE", "confidence_LD", "entropy_LD"):
+        added = sum(getattr(one, name) for one in alone)
+        assert np.allclose(getattr(together, name), added, atol=1e-3), name
 
 
 # --- whose prompts --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from moeforge.forward import quiet
 from moeforge.gates import TokenizedPrompt
 from moeforge.gates._tokenize import tokenize
 from moeforge.proof.route_report import DomainCount, Mapping, RouteReport, Sample
-from moeforge.proof.route_watch import Decided, Watch, watching
+from moeforge.proof.route_watch import Decided, Watch, on_shelf, watching
 from moeforge.recipe import Prompt
 from moeforge.routing import routers
 
@@ -82,8 +82,9 @@ def measure(
 ) -> RouteReport:
     """Run the prompts of every domain and count where their tokens go.
 
-    Prompts run side by side, filled up on the right, where nothing before it depends on it. What
-    they are filled up with does not count, nor does BOS.
+    Prompts of the types on the shelf run side by side, filled up on the right: nothing before
+    depends on that, and it does not count, nor does BOS. Others run one by one, for attention
+    that picks tokens by an index, such as deepseek_v32's, does depend on it.
 
     Args:
         model: a mixture in transformers.
@@ -106,10 +107,11 @@ def measure(
     read = [_tokenized(tokenizer, domain, context, most) for domain in domains]
     total, done, samples = sum(len(prompts) for prompts, _ in read), 0, []
     with watching(model) as watches, torch.inference_mode():
+        side_by_side = _BATCH if on_shelf(model) else 0
         counts = _Counts(len(watches), len(domains), len(labels))
         shown = min(MOST_TOKENS, max(1, MOST_CELLS // (len(watches) * SHOWN * len(domains))))
         for d, (prompts, _) in enumerate(read):
-            for batch in _batches(prompts):
+            for batch in _batches(prompts, side_by_side):
                 progress(done, total)
                 for number, prompt, seen in _run(model, watches, prompts, batch, device):
                     counts.add(d, seen)
@@ -170,12 +172,12 @@ class _Counts:
         self.per_token = max(self.per_token, seen[0][0].shape[1])
 
 
-def _batches(prompts: Sequence[TokenizedPrompt]) -> Iterator[range]:
-    """Yield runs of prompts whose filled-up batch is no larger than `_BATCH`, or one prompt."""
+def _batches(prompts: Sequence[TokenizedPrompt], size: int) -> Iterator[range]:
+    """Yield runs of prompts that together have at most `size` tokens, filled up, or one prompt."""
     start = 0
     for end in range(1, len(prompts) + 1):
         longest = max(len(prompt.ids) for prompt in prompts[start : end + 1])
-        if end == len(prompts) or longest * (end + 1 - start) > _BATCH:
+        if end == len(prompts) or longest * (end + 1 - start) > size:
             yield range(start, end)
             start = end
 

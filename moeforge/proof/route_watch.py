@@ -27,6 +27,17 @@ Decided = tuple["Tensor", "Tensor", "Tensor"]
 the largest weight is first; weights add up to 1."""
 
 
+def on_shelf(model: nn.Module) -> bool:
+    """Say whether moeforge makes mixtures of this type."""
+    kind = str(model.config.model_type)  # type: ignore[union-attr]
+    return kind in catalog.names("families") or _ours(model)
+
+
+def _ours(model: nn.Module) -> bool:
+    kind = str(model.config.model_type)  # type: ignore[union-attr]
+    return kind.startswith("moeforge_")
+
+
 class Watch:
     """What one router decides in one forward pass."""
 
@@ -37,15 +48,12 @@ class Watch:
         self._logits: Tensor | None = None
         self._handed: tuple[Tensor, Tensor] | None = None
         self._experts = _experts(model, router)
-        kind = str(model.config.model_type)  # type: ignore[union-attr]
-        ours = kind.startswith("moeforge_")
         # The first prompt shows how logits become scores. Where it does not (one expert per token,
         # say), it is known of our own types and of those on the shelf.
-        on_shelf = ours or kind in catalog.names("families")
-        self._sigmoid: bool | None = router.sigmoid if on_shelf else None
+        self._sigmoid: bool | None = router.sigmoid if on_shelf(model) else None
         self._asked = False
         self._alone = isinstance(self._experts, torch.nn.ModuleList)
-        if self._alone and not ours:
+        if self._alone and not _ours(model):
             what = f"{router.name}: code that moeforge does not know calls its experts one by one"
             raise BuildError(Finding(f"{what}; what they are given cannot be seen"))
         rows = router.weight.shape[0]
