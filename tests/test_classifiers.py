@@ -142,6 +142,32 @@ def test_experts_count_alike_however_many_prompts_they_have():
     assert not any(held_out([prompt(0), prompt(1), prompt(1)]))
 
 
+def test_negative_prompts_are_a_class_of_their_own():
+    made = labels([prompt(0), prompt(1), prompt(0, negative=True)], 2)
+    assert torch.equal(torch.stack(made.wanted), torch.eye(3).double())
+    assert len(labels([prompt(0), prompt(1)], 2).wanted[0]) == 2
+
+
+@pytest.mark.parametrize("method", ["ridge", "logistic"])
+def test_what_looks_like_a_negative_prompt_is_no_evidence_for_its_expert(method):
+    generator = torch.Generator().manual_seed(0)
+    mean, first, second, other = 2 * torch.randn(4, 24, generator=generator)
+    noise = 0.5 * torch.randn(24, 40, 24, generator=generator)
+    own = [mean + first + n for n in noise[:8]], [mean + second + n for n in noise[8:16]]
+    resembling = [mean + first + other + n for n in noise[16:]]
+    prompts = [prompt(0)] * 8 + [prompt(1)] * 8
+    without = fit_layer([*own[0], *own[1]], labels(prompts, 2), method=method).weight
+    every, wanted = [*own[0], *own[1], *resembling], [*prompts, *[prompt(0, negative=True)] * 8]
+    found = fit_layer(every, labels(wanted, 2), method=method).weight[:2]
+
+    def margin(weight, inputs):
+        logits = torch.cat(inputs).double() @ weight.T
+        return float((logits[:, 0] - logits[:, 1]).mean())
+
+    assert margin(without, resembling) > 0.9 * margin(without, own[0])
+    assert margin(found, resembling) < 0.8 * margin(found, own[0])
+
+
 def test_soft_labels_follow_losses():
     sure = labels([TokenizedPrompt(-1, False, (0, 1), 0, losses=(1.0, 2.0, 3.0))], 3).wanted[0]
     torn = labels([TokenizedPrompt(-1, False, (0, 1), 0, losses=(1.0, 1.1, 3.0))], 3).wanted[0]

@@ -33,20 +33,21 @@ class Labels:
     held: tuple[bool, ...]
 
 
-def wanted(prompt: TokenizedPrompt, experts: int) -> Tensor:
-    """Return the wanted distribution [E] in float64.
+def wanted(prompt: TokenizedPrompt, experts: int, classes: int) -> Tensor:
+    """Return the wanted distribution [classes] in float64.
 
-    The expert; for a negative prompt all others alike; by losses ℓ, exp(−ℓ/T) divided by its sum.
+    The expert; for a negative prompt the class after the experts'; by losses ℓ of experts,
+    exp(−ℓ/T) divided by its sum.
     """
     import torch
 
+    result = torch.zeros(classes, dtype=torch.float64)
     if prompt.losses:
-        return (-torch.tensor(prompt.losses, dtype=torch.float64) / SHARPNESS).softmax(-1)
-    if prompt.negative and experts > 1:
-        others = torch.full((experts,), 1.0 / (experts - 1), dtype=torch.float64)
-        others[prompt.expert] = 0.0
-        return others
-    return torch.nn.functional.one_hot(torch.tensor(prompt.expert), experts).double()
+        losses = torch.tensor(prompt.losses, dtype=torch.float64)
+        result[:experts] = (-losses / SHARPNESS).softmax(-1)
+    else:
+        result[experts if prompt.negative else prompt.expert] = 1.0
+    return result
 
 
 def held_out(prompts: Sequence[TokenizedPrompt]) -> tuple[bool, ...]:
@@ -73,9 +74,13 @@ def token_weights(prompts: Sequence[TokenizedPrompt], experts: int) -> tuple[flo
 
 
 def labels(prompts: Sequence[TokenizedPrompt], experts: int) -> Labels:
-    """Return what routers are to learn from `prompts`."""
+    """Return what routers are to learn from `prompts`; with negative ones, E + 1 classes.
+
+    The last has no router row: what looks like a negative prompt is no evidence for any expert.
+    """
+    classes = experts + any(prompt.negative for prompt in prompts)
     return Labels(
-        tuple(wanted(prompt, experts) for prompt in prompts),
+        tuple(wanted(prompt, experts, classes) for prompt in prompts),
         token_weights(prompts, experts),
         held_out(prompts),
     )

@@ -103,7 +103,7 @@ def build(data: GateInput) -> Gates:
         inputs = [every[i] for i in routed]
 
         found = classifier(inputs, wanted, data.sigmoid)
-        gate, before, after = _calibrate(found.weight, inputs, wanted, data)
+        gate, before, after = _calibrate(found.weight[:experts], inputs, wanted, data)
         if shared is not None:
             # A sigmoid of one row is a softmax of two, of which it is the difference.
             pair = classifier(every, shared, False).weight
