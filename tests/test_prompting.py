@@ -18,7 +18,7 @@ from moeforge import prepare, prompting
 from moeforge.errors import BuildError, RecipeError, SourceError
 from moeforge.prompting import cluster_corpus, judges, piles, select_files, shown
 from moeforge.prompting.choose import choose, distinctness
-from moeforge.prompting.clusters import Cluster, Clustering, assign, k_means
+from moeforge.prompting.clusters import Cluster, Clustering, assign, divide, k_means
 from moeforge.prompting.embed import embedder, unit
 from moeforge.prompting.overlap import TOLD_APART, Overlap, accuracy, overlap
 from moeforge.prompting.piles import Pile
@@ -315,6 +315,19 @@ def test_known_clusters_are_found_whatever_the_seed(embed):
     rows = embed(mixed)
     for seed in (0, 1, 2**40):
         assert k_means(rows, 2, seed).tolist() == [0, 1] * 12
+
+
+def test_of_several_divisions_the_one_that_suits_the_experts_is_taken():
+    corners = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    rows = unit(np.repeat(corners, 5, axis=0) + 0.02 * random_units(15, width=3))
+    good = np.array([0] * 5 + [1] * 10)  # three heaps, two experts: the second does two of them
+    losses = np.where(np.arange(2)[:, None] == good, 0.1, 1.0)
+    judged = list(range(0, 15, 2))
+    cluster_of, losses_CE, given = divide(rows, judged, losses[:, judged], seed=0)
+    assert (np.array(given)[good] == cluster_of).all()
+    assert losses_CE[given[0]] == pytest.approx([0.1, 1.0])
+    with pytest.raises(RecipeError, match="too small to measure"):
+        divide(rows, [0], losses[:, [0]], seed=0)
 
 
 def test_experts_get_the_clusters_with_the_least_sum_of_losses():

@@ -11,6 +11,18 @@ alike are not both kept; a row that the others also have counts nothing. f is mo
 submodular: taking, k times, the row that adds most gives at least 1 − 1/e of the best possible f
 (Nemhauser, Wolsey & Fisher 1978). Max-marginal relevance (Carbonell & Goldstein 1998), the usual
 alternative, prefers outliers: nothing in it asks whether a row stands for anything.
+
+What it buys is little. Mean held-out loss of the quickstart's mixture, gate mode `fitted` by logistic
+regression and by ridge, out of 64 prompts an expert; less than 0.003 apart is noise:
+
+    prompts             logistic                ridge
+    all                 2.415                   2.417
+    10 kept             2.417                   2.420
+    10 at random (5x)   2.423 (2.420-2.429)     2.424 (2.421-2.431)
+    20 kept             2.416                   2.421
+    20 at random (5x)   2.418 (2.415-2.422)     2.420 (2.417-2.422)
+
+With q², or without q, or by max-marginal relevance, 10 and 20 kept gave 2.419 to 2.424.
 """
 
 from __future__ import annotations
