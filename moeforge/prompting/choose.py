@@ -12,8 +12,8 @@ submodular: taking, k times, the row that adds most gives at least 1 − 1/e of 
 (Nemhauser, Wolsey & Fisher 1978). Max-marginal relevance (Carbonell & Goldstein 1998), the usual
 alternative, prefers outliers: nothing in it asks whether a row stands for anything.
 
-What it buys is little. Mean held-out loss of the quickstart's mixture, gate mode `fitted` by logistic
-regression and by ridge, out of 64 prompts an expert; less than 0.003 apart is noise:
+What it buys is little. Mean held-out loss of the quickstart's mixture, gate mode `fitted` by
+logistic regression and by ridge, out of 64 prompts an expert; less than 0.003 apart is noise:
 
     prompts             logistic                ridge
     all                 2.415                   2.417
