@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _METHODS = {"ridge": ridge, "logistic": logistic}
 _REGULARIZATION = {
     "ridge": (0.001, 0.01, 0.1, 1.0, 10.0),
-    "logistic": (1e-5, 1e-4, 0.001, 0.01, 0.1),
+    "logistic": (1e-4, 0.001, 0.01, 0.1),
 }
 """Candidates for λ, relative to the mean variance of the inputs."""
 _COARSE = [2.0**step for step in range(-4, 16)]
@@ -98,7 +98,7 @@ def fit_layer(
     unseen = len(groups) > 1
     candidates = (regularization,) if regularization else known if unseen else known[-1:]
     choices = []
-    for candidate in candidates:
+    for candidate in sorted(candidates, reverse=True):  # each is the start of the next, weaker one
         weight_HC = solve(1, candidate).to(y_TC)
         logits_TC = torch.cat([x.double() @ weight_HC for x in judges.inputs])
         loss, factor = best_temperature(logits_TC, y_TC, w_T, sigmoid=sigmoid)
