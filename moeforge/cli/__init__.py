@@ -24,6 +24,7 @@ for command in (
     models.inspect,
     models.show,
     models.push,
+    mixtures.route,
     mixtures.tune,
 ):
     app.command()(command)

@@ -1,4 +1,4 @@
-"""Owns the commands about what models do with text: eval, tune."""
+"""Owns the commands about what models do with text: eval, route, tune."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from moeforge.cli.shared import (
     reporting,
     showing_progress,
 )
+from moeforge.errors import BuildError, Finding
 
 if TYPE_CHECKING:
     from moeforge.tuning.train import Step
@@ -76,6 +77,60 @@ def evaluate(
         for finding in found.notes:
             note(finding)
         _print_parts(comparison_tables(found))
+
+
+def route(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A mixture: folder or Hub id.")],
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option("--prompts", help="Prompt file (.txt, .jsonl), a domain; may be repeated."),
+    ] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE for each expert in order, or NUMBER=FILE for some."),
+    ] = None,
+    heat_map: Annotated[Path | None, typer.Option("--map", help="PNG file to draw.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="HTML page to write.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored) or float32.")] = "auto",
+    device: Device = "cpu",
+    code: Code = False,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Show where a mixture sends the tokens of prompts, by layer and expert."""
+    with reporting(as_json=as_json):
+        from moeforge.proof import route_tables
+        from moeforge.proof.routing_of import route as measure
+
+        if not prompts and not expert:
+            what = "there are no prompts to route"
+            raise BuildError(Finding(what, "Give --prompts FILE or --expert NAME=FILE."))
+        check_device(device)
+        with showing_progress(shown=not as_json and sys.stderr.isatty()) as progress:
+            found = measure(
+                model,
+                prompts or [],
+                expert or [],
+                revision=revision,
+                offline=offline,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=code,
+                progress=lambda done, total: progress("prompts", done, total),
+            )
+        if heat_map:
+            from moeforge.proof.route_map import draw
+
+            draw(found, heat_map)
+        if page:
+            from moeforge.proof.route_page import render
+
+            page.write_text(render(found), encoding="utf-8")
+        if as_json:
+            print_json(route_tables.as_data(found))
+        else:
+            _print_parts(route_tables.as_tables(found))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -35,7 +35,7 @@ class Document:
         for end in range(len(finding.path), -1 if finding.path else 0, -1):
             line = self.lines.get(finding.path[:end])
             if line:
-                return Finding(finding.what, finding.fix, finding.path, line)
+                return replace(finding, line=line)
         return finding
 
 
