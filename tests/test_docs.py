@@ -67,7 +67,7 @@ def test_documents_name_every_entry_of_every_shelf():
 
 def test_documents_name_every_command_and_flag():
     text = "".join(page.read_text() for page in PAGES)
-    for command in ("build", "check", "plan", "inspect", "show", "push"):
+    for command in ("build", "check", "plan", "inspect", "show", "push", "eval", "route", "tune"):
         assert f"moeforge {command}" in text
         usage = subprocess.run(
             [sys.executable, "-m", "moeforge", command, "--help"], capture_output=True, text=True
