@@ -46,7 +46,10 @@ class Examples:
 
         counts = [len(x) for x in self.inputs]
         rows = [y.expand(n, -1) for y, n in zip(self.wanted, counts, strict=True)]
-        weights = [torch.full((n,), w) for w, n in zip(self.weights, counts, strict=True)]
+        weights = [
+            torch.full((n,), w, dtype=torch.float64)
+            for w, n in zip(self.weights, counts, strict=True)
+        ]
         device = self.inputs[0].device
         return torch.cat(rows).double().to(device), torch.cat(weights).double().to(device)
 

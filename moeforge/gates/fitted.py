@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def _calibrate(
-    weight_EH: Tensor, inputs: Sequence[Tensor], wanted: Labels, data: GateInput
+    weight_EH: Tensor, inputs: Sequence[Tensor], weights: Sequence[float], data: GateInput
 ) -> tuple[LayerGate, tuple[float, ...], tuple[float, ...]]:
     """Return a layer's router with the load that is asked for, and the loads before and after.
 
     Args:
         weight_EH: as fitted.
-        inputs: router inputs of each prompt.
-        wanted: their weights.
+        inputs: router inputs of each prompt of the calibration mix.
+        weights: weight of each of their tokens.
         data: what is asked for.
     """
     import torch
@@ -39,7 +39,7 @@ def _calibrate(
     def times(rows: Tensor) -> Tensor:
         return torch.cat([x.double() @ rows.T.to(x.device) for x in inputs]).cpu()
 
-    parts = zip(wanted.weights, inputs, strict=True)
+    parts = zip(weights, inputs, strict=True)
     w_T = torch.cat([torch.full((len(x),), w, dtype=torch.float64) for w, x in parts])
     logits_TE, experts = times(weight_EH), len(weight_EH)
     scores_TE = scored(logits_TE, sigmoid=data.sigmoid)
@@ -53,7 +53,7 @@ def _calibrate(
             bias_E = amount * biases(scores_TE, None, w_T, data.per_token, target_E)
             after = tuple(load(scores_TE, w_T, data.per_token, bias_E).tolist())
         else:
-            v_H = _carrier(inputs, wanted, data)
+            v_H = _carrier(inputs, weights, data)
             found = biases(logits_TE, times(v_H[None])[:, 0], w_T, data.per_token, target_E)
             weight_EH = weight_EH + amount * found[:, None] * v_H
             after = tuple(load(times(weight_EH), w_T, data.per_token).tolist())
@@ -61,14 +61,14 @@ def _calibrate(
     return gate, before, after
 
 
-def _carrier(inputs: Sequence[Tensor], wanted: Labels, data: GateInput) -> Tensor:
+def _carrier(inputs: Sequence[Tensor], weights: Sequence[float], data: GateInput) -> Tensor:
     """Return what carries a bias in the weights, [H] in float64 on the CPU."""
     import torch
 
-    pairs = list(zip(wanted.weights, inputs, strict=True))
+    pairs = list(zip(weights, inputs, strict=True))
     total = sum(weight * len(x) for weight, x in pairs)
     mean_H = torch.stack([weight * x.double().sum(0) for weight, x in pairs]).sum(0) / total
-    xx_HH = second_moment(inputs, wanted.weights, data.share) / total
+    xx_HH = second_moment(inputs, weights, data.share) / total
     return carrier(xx_HH.cpu(), mean_H.cpu())
 
 
@@ -83,6 +83,8 @@ def build(data: GateInput) -> Gates:
     experts = data.shape[1] - data.gated
     routed = [i for i, prompt in enumerate(data.prompts) if prompt.expert < experts]
     wanted = labels([data.prompts[i] for i in routed], experts)
+    token_weight = dict(zip(routed, wanted.weights, strict=True))
+    mixed = [i for i in routed if not data.prompts[i].negative]
     shared = against(data.prompts, experts) if data.gated else None
     made: list[LayerGate] = []
     fits: list[LayerFit] = []
@@ -100,10 +102,9 @@ def build(data: GateInput) -> Gates:
 
     def fit(seen: Sequence[LayerInputs]) -> LayerGate:
         every = [i.mlp_TH[p.first :] for i, p in zip(seen, data.prompts, strict=True)]
-        inputs = [every[i] for i in routed]
-
-        found = classifier(inputs, wanted, data.sigmoid)
-        gate, before, after = _calibrate(found.weight[:experts], inputs, wanted, data)
+        found = classifier([every[i] for i in routed], wanted, data.sigmoid)
+        mix = [every[i] for i in mixed], [token_weight[i] for i in mixed]
+        gate, before, after = _calibrate(found.weight[:experts], *mix, data)
         if shared is not None:
             # A sigmoid of one row is a softmax of two, of which it is the difference.
             pair = classifier(every, shared, False).weight
