@@ -288,7 +288,8 @@ def losses(
         made = []
         for prompt, hidden in zip(prompts, walk.hidden, strict=True):
             logits = finish(model, walk.layers, prompt, walk.returns, hidden, device)
-            logits, wanted = logits[0, -len(prompt) : -1].float(), torch.tensor(prompt[1:], dtype=torch.long)
+            logits = logits[0, -len(prompt) : -1].float()
+            wanted = torch.tensor(prompt[1:], dtype=torch.long)
             entropy = torch.nn.functional.cross_entropy(logits, wanted.to(device), reduction="sum")
             made.append(float(entropy) / max(len(prompt) - 1, 1))
         return made
