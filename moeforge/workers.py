@@ -12,6 +12,10 @@ from typing import Protocol, TypeVar
 
 Done = TypeVar("Done")
 
+multiplied = False
+"""Threads of this process have multiplied matrices: a process forked from it must not, for MKL's
+accounting of memory by thread can spin forever there (seen in 7 of 130 forks)."""
+
 SMALL = 512
 """Hidden size below which a piece of work is too small for handing it out to pay."""
 
@@ -36,6 +40,7 @@ def workers(hidden: int, device: str = "cpu") -> Iterator[Share]:
         hidden: width of what is computed with; of small matrices one thread does all.
         device: torch device; of a GPU one thread is enough.
     """
+    global multiplied
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
@@ -46,6 +51,7 @@ def workers(hidden: int, device: str = "cpu") -> Iterator[Share]:
         if before == 1 or hidden < SMALL or device != "cpu":
             yield alone
             return
+        multiplied = True
         with ThreadPoolExecutor(before) as pool:
 
             def share(work: Callable[[int], Done], count: int) -> list[Done]:

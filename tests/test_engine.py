@@ -286,28 +286,8 @@ def built(plan, folder, **settings):
     return (folder / "model.safetensors").read_bytes()
 
 
-def in_a_child(act, *arguments):
-    """Run `act` in a forked process, so that no thread of this one multiplies matrices.
-
-    MKL's memory accounting can spin forever in a process that is forked after threads of Python
-    used it; a build has such threads or forks, never both.
-    """
-    child = multiprocessing.get_context("fork").Process(target=act, args=arguments)
-    child.start()
-    child.join()
-    assert child.exitcode == 0
-
-
-def built_by_threads(plan, folder, workers):
-    processes.AVAILABLE = False
-    before, forks = threading.active_count(), len(workers)
-    built(plan, folder, threads=3, slice_elements=2**17)
-    assert threading.active_count() == before
-    assert len(workers) == forks
-
-
 @pytest.mark.parametrize("kind", PLANS)
-def test_bytes_do_not_depend_on_processes_threads_or_slices(kind, workers, tmp_path):
+def test_bytes_do_not_depend_on_processes_threads_or_slices(kind, workers, tmp_path, monkeypatch):
     plan = several(PLANS[kind])
     first = built(plan, tmp_path / "one", threads=1, slice_elements=2**16)
     assert not workers, "one worker needs no process"
@@ -315,8 +295,23 @@ def test_bytes_do_not_depend_on_processes_threads_or_slices(kind, workers, tmp_p
         other = built(plan, tmp_path / f"{threads}", threads=threads, slice_elements=size)
         assert other == first
     assert workers == [2, 4]
-    in_a_child(built_by_threads, plan, tmp_path / "threads", workers)
-    assert (tmp_path / "threads" / "model.safetensors").read_bytes() == first
+    if not engine.multiplies(plan):  # see tiny.in_a_child
+        monkeypatch.setattr(processes, "AVAILABLE", False)
+        before = threading.active_count()
+        assert built(plan, tmp_path / "threads", threads=3, slice_elements=2**17) == first
+        assert len(workers) == 2
+        assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(("kind", "forks"), [("ties", True), ("lora", False), ("nested", False)])
+def test_after_threads_that_multiply_nothing_is_forked_that_does(
+    kind, forks, workers, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(engine.threads, "multiplied", True)
+    monkeypatch.setattr(engine.Pool, "run", lambda *_: None)
+    built_parts = several(PLANS[kind])
+    engine.run(built_parts, lay_out(built_parts.tensors), tmp_path, Settings(threads=2))
+    assert bool(workers) is forks
 
 
 class Recording(MemorySource):

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import in_a_child
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import ZOO
 
@@ -151,20 +152,21 @@ def gates_of(folder):
     return [tensors[name] for name in sorted(tensors) if ".gate." in name]
 
 
+def built_by_threads(number, wanted, out):
+    workers.SMALL = 0
+    torch.set_num_threads(number)
+    moeforge.build(wanted, out, threads=1)
+    assert torch.get_num_threads() == number
+    assert workers.multiplied is (number > 1)
+
+
 @pytest.mark.parametrize("method", ["ridge", "logistic"])
-def test_any_number_of_threads_gives_the_same_bits(method, llamas, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "SMALL", 0)
-    made, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            given = {"method": method, "on_policy": True, "balance": 0.5}
-            out = tmp_path / str(threads)
-            moeforge.build(recipe(llamas[0], llamas, given, dtype="float32"), out)
-            made.append(gates_of(out))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+def test_any_number_of_threads_gives_the_same_bits(method, llamas, tmp_path):
+    given = {"method": method, "on_policy": True, "balance": 0.5}
+    wanted = recipe(llamas[0], llamas, given, dtype="float32")
+    for number in (1, 2, 5):
+        in_a_child(built_by_threads, number, wanted, tmp_path / str(number))
+    made = [gates_of(tmp_path / str(number)) for number in (1, 2, 5)]
     for other in made[1:]:
         assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
 

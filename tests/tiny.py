@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -99,3 +100,15 @@ def edit_config(folder: Path, **changes: object) -> None:
     for key, value in changes.items():
         config.pop(key, None) if value is None else config.update({key: value})
     path.write_text(json.dumps(config))
+
+
+def in_a_child(act, *arguments):
+    """Run `act`, a function of a module, in a new process.
+
+    MKL's memory accounting can spin forever where processes are forked before or after threads of
+    Python multiply matrices; tests that have such threads keep them away from those that fork.
+    """
+    child = multiprocessing.get_context("spawn").Process(target=act, args=arguments)
+    child.start()
+    child.join()
+    assert child.exitcode == 0

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeforge import workers as threads
 from moeforge.engine import processes
 from moeforge.engine.jobs import CopyJob, MergeJob, jobs_of
 from moeforge.engine.pool import Pool
@@ -22,6 +23,8 @@ from moeforge.plans import (
     Affine,
     Expr,
     Fill,
+    Lora,
+    Merge,
     Plan,
     Read,
     Rows,
@@ -158,10 +161,24 @@ def run(
 
         elements = sum(job.size for job in jobs)
         workers = min(settings.workers, len(jobs), -(-elements // CHUNK))
-        if workers > 1 and settings.device == "cpu" and processes.AVAILABLE:
+        forks = processes.AVAILABLE and not (threads.multiplied and multiplies(plan))
+        if workers > 1 and settings.device == "cpu" and forks:
             processes.run(jobs, make_state, workers, progress)
         else:
             Pool(workers, progress).run(jobs, make_state)
+
+
+_MULTIPLYING = {"slerp", "nuslerp", "multislerp", "karcher", "model_stock", "ramplus_tl", "sce"}
+"""Methods that multiply matrices: sums and products of their inputs."""
+
+
+def multiplies(plan: Plan) -> bool:
+    """Say whether matrices are multiplied for any tensor of `plan`."""
+    return any(
+        isinstance(part, Lora) or (isinstance(part, Merge) and part.method in _MULTIPLYING)
+        for tensor in plan.tensors
+        for part in walk(tensor.expr)
+    )
 
 
 def free_space(folder: Path) -> int:
