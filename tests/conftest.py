@@ -15,9 +15,12 @@ import pytest
 import tiny
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A maker of tiny checkpoints: `models("llama", seed=1, num_hidden_layers=3)` -> folder."""
+    """A maker of tiny checkpoints: `models("llama", seed=1, num_hidden_layers=3)` -> folder.
+
+    For each file its own, so that no file meets what another did to a checkpoint.
+    """
     return tiny.Maker(tmp_path_factory.mktemp("models"))
 
 
