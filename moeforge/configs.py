@@ -27,6 +27,18 @@ def n_layers(config: Config) -> int | None:
     return value if isinstance(value, int) and value else None
 
 
+def plain_floats(value: Any) -> Any:
+    """Return a copy of a config with infinite numbers, which transformers 5 writes in words.
+
+    That is {"__float__": "Infinity"}, for JSON has no such numbers.
+    """
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: plain_floats(each) for key, each in value.items()}
+    return [plain_floats(each) for each in value] if isinstance(value, list) else value
+
+
 def rope(config: Config) -> Config | None:
     """Return the rotary parameters in the spelling of transformers 5, or None.
 

@@ -362,6 +362,21 @@ def complete(config: Config) -> Config:
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed", "dim", "embed_dim")
 
 
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "dim_ff", "dff")
+"""Keys of configs for the width of MLPs."""
+
+
+def mlp_width(config: Config) -> int:
+    """Return the intermediate size of the MLPs, the widest where layers differ."""
+    for key in WIDTHS:
+        value = config.get(key)
+        if isinstance(value, list) and value:
+            return int(max(value))
+        if isinstance(value, int):
+            return value
+    return 4 * (hidden_size(config) or 0)
+
+
 def hidden_size(config: Config) -> int | None:
     """Return the width of the residual stream, or None where the config does not say."""
     return next((config[key] for key in _HIDDEN if isinstance(config.get(key), int)), None)

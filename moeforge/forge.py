@@ -11,20 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeforge import engine, targets
+from moeforge import engine, targets, tuning
 from moeforge.engine import Settings
 from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
 from moeforge.output import card, folder
 from moeforge.output.layout import DEFAULT_SHARD_SIZE, index, lay_out
 from moeforge.plans import ROUTERS, Plan
 from moeforge.prepare import Prepared, prepare
-from moeforge.recipe import MoeRecipe
+from moeforge.prompting import with_selection
 from moeforge.routers import compute_routers
 
 if TYPE_CHECKING:
     from moeforge.gates import LayerFit
     from moeforge.proof.heldout import HeldOut
-    from moeforge.tuning.result import Tuned
 
 RecipeLike = str | Path | dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -50,7 +49,7 @@ class Result:
     seconds: float
     heldout: HeldOut | None
     fits: tuple[LayerFit, ...] = ()
-    tuned: Tuned | None = None
+    tuned: tuning.Tuned | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,9 @@ def build(
         if plan.tokenizer:
             plan.tokenizer.write(work)
         if plan.experts:
-            prepared = _select(prepared, device, offline, progress, note)
+            prepared = with_selection(
+                prepared, device=device, offline=offline, progress=progress, note=note
+            )
             routers = compute_routers(prepared, work, device, progress)
             plan = replace(plan, sources={**plan.sources, ROUTERS: routers.source})
             fits = routers.fits
@@ -153,15 +154,20 @@ def build(
         if text := index(shards):
             (work / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         (work / "moeforge.yml").write_text(prepared.loaded.document.text, encoding="utf-8")
-        tuned = _tune(prepared, plan, work, device, progress)
+        tuned = tuning.tune_built(
+            prepared,
+            plan,
+            work,
+            device=device,
+            progress=lambda step: progress("router training", step.number, step.steps),
+            teaching=lambda done, total: progress("teachers", done, total),
+        )
         heldout = _evaluate(prepared, plan, work, progress)
         tables = heldout.tables() if heldout else []
         text = card.render(plan, card.Card(target.name, prepared.loaded.document.text, tables))
         (work / "README.md").write_text(text, encoding="utf-8")
         if tuned:
-            from moeforge.tuning import tell_card
-
-            tell_card(work / "README.md", tuned)
+            tuning.tell_card(work / "README.md", tuned)
     return Result(target, plan, time.perf_counter() - began, heldout, fits, tuned)
 
 
@@ -177,40 +183,6 @@ def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
         allowed = f"--memory allows {settings.memory / 1e6:.0f} MB"
         what = f"this build needs about {peak / 1e6:.0f} MB, {allowed}"
         raise BuildError(Finding(what, "Allow more, or use fewer --threads."))
-
-
-def _select(
-    prepared: Prepared,
-    device: str,
-    offline: bool,
-    progress: Progress,
-    note: Callable[[Finding], None],
-) -> Prepared:
-    recipe = prepared.loaded.recipe
-    experts = (*recipe.experts, *recipe.shared_experts) if isinstance(recipe, MoeRecipe) else ()
-    if not any(expert.select for expert in experts):
-        return prepared
-    from moeforge.prompting import with_selection
-
-    return with_selection(prepared, device=device, offline=offline, progress=progress, note=note)
-
-
-def _tune(
-    prepared: Prepared, plan: Plan, work: Path, device: str, progress: Progress
-) -> Tuned | None:
-    recipe = prepared.loaded.recipe
-    if not isinstance(recipe, MoeRecipe) or recipe.tune is None:
-        return None
-    from moeforge.tuning import tune_built
-
-    return tune_built(
-        prepared,
-        plan,
-        work,
-        device=device,
-        progress=lambda step: progress("router training", step.number, step.steps),
-        teaching=lambda done, total: progress("teachers", done, total),
-    )
 
 
 def _evaluate(prepared: Prepared, plan: Plan, work: Path, progress: Progress) -> HeldOut | None:

@@ -16,7 +16,6 @@ from moeforge.planners.vocab import tokens_of
 from moeforge.plans import Plan
 from moeforge.recipe import (
     Adapter,
-    Expert,
     LoadedRecipe,
     MoeRecipe,
     Prompt,
@@ -66,16 +65,7 @@ def _read_prompts(
     needed = reads and recipe.gate_parameters.labels == "owner"
     prompts: list[ExpertPrompt] = []
     seen: dict[frozenset[Prompt], int] = {}
-    entries: list[tuple[tuple[str | int, ...], Expert]] = [
-        (("experts", i), expert) for i, expert in enumerate(recipe.experts)
-    ]
-    # A shared expert may have prompts where its family weighs it, but needs none.
-    entries += [
-        (("shared_experts", i), expert)
-        for i, expert in enumerate(recipe.shared_experts)
-        if expert.has_prompts
-    ]
-    for i, (path, expert) in enumerate(entries):
+    for i, (path, expert) in enumerate(recipe.numbered):
         try:
             positive = loaded.expert_prompts(expert)
         except ValueError as error:
@@ -86,7 +76,7 @@ def _read_prompts(
             fix = "Add positive_prompts or prompts_file, or choose gate_mode: random to train it."
             findings.append(Finding(what, fix, path))
         elif reads and positive and frozenset(positive) in seen:
-            word, number = entries[seen[frozenset(positive)]][0]
+            word, number = recipe.numbered[seen[frozenset(positive)]][0]
             what = f"{word}[{number}] has the same prompts: no router can tell them apart"
             findings.append(Finding(what, "Give each expert prompts of its own.", path))
         seen.setdefault(frozenset(positive), i)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from moeforge import catalog, engine, families, gates, methods
-from moeforge.dense import hidden_size
+from moeforge.dense import hidden_size, mlp_width
 from moeforge.engine import Settings
 from moeforge.families import _remote
 from moeforge.methods import REQUIRED, Method
@@ -83,8 +83,7 @@ def router_memory(plan: Plan) -> int:
     """Return the memory in bytes that running one layer of the base takes, prompts apart."""
     config = plan.config
     hidden = hidden_size(config) or 0
-    wide = config.get("intermediate_size")
-    wide = wide if isinstance(wide, int) else 4 * hidden
+    wide = mlp_width(config)
     # Four attention projections and three of the MLP, plus the two H×H float64 moments of a fit.
     return engine.INTERPRETER + TRANSFORMERS + 4 * hidden * (4 * hidden + 3 * wide) + 32 * hidden**2
 

@@ -123,11 +123,8 @@ def test_on_policy_inputs_are_those_of_the_built_mixture(case, models, tmp_path,
             assert expected.std() > 0.01
 
 
-def test_shared_experts_are_part_of_what_is_met(models, tmp_path, monkeypatch):
-    folders = [models("qwen2", seed=seed, **ZOO["qwen2"]) for seed in (1, 2, 3)]
-    wanted = recipe(folders[0], folders[:2], {"on_policy": True}, architecture="qwen2_moe")
-    shared = {"source_model": str(folders[2]), "positive_prompts": TEXTS[2]}
-    wanted["shared_experts"] = [shared]
+def built_as_fitted(wanted, out, monkeypatch):
+    """Build; what the fit took for the output of each layer is what the built model computes."""
     seen = []
     run = mixing.Mixing.run
 
@@ -136,13 +133,22 @@ def test_shared_experts_are_part_of_what_is_met(models, tmp_path, monkeypatch):
         return seen[-1][1]
 
     monkeypatch.setattr(mixing.Mixing, "run", kept)
-    moeforge.build(wanted, tmp_path / "out")
-    model = load_output(tmp_path / "out")
+    moeforge.build(wanted, out)
+    model = load_output(out)
     with torch.no_grad():
         for layer, (x, expected) in enumerate(seen):
             made = model.model.layers[layer].mlp(x[None])
             made = made[0] if isinstance(made, tuple) else made
             assert (made.reshape(x.shape) - expected).abs().max() < 1e-4 * expected.abs().max()
+    return model
+
+
+def test_shared_experts_are_part_of_what_is_met(models, tmp_path, monkeypatch):
+    folders = [models("qwen2", seed=seed, **ZOO["qwen2"]) for seed in (1, 2, 3)]
+    wanted = recipe(folders[0], folders[:2], {"on_policy": True}, architecture="qwen2_moe")
+    shared = {"source_model": str(folders[2]), "positive_prompts": TEXTS[2]}
+    wanted["shared_experts"] = [shared]
+    model = built_as_fitted(wanted, tmp_path / "out", monkeypatch)
     weights = [model.model.layers[n].mlp.shared_expert_gate.weight for n in range(4)]
     assert all(bool(weight.any()) for weight in weights)
 
@@ -349,18 +355,4 @@ def test_ranges_of_models_are_run_as_they_are_built(llamas, tmp_path, monkeypatc
         {"model": str(llamas[1]), "layer_range": [0, 2]},
         {"model": str(llamas[2]), "layer_range": [2, 4]},
     ]
-    seen = []
-    run = mixing.Mixing.run
-
-    def kept(self, layer, gate, x):
-        seen.append((x, run(self, layer, gate, x)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(mixing.Mixing, "run", kept)
-    moeforge.build(wanted, tmp_path / "out")
-    model = load_output(tmp_path / "out")
-    with torch.no_grad():
-        for layer, (x, expected) in enumerate(seen):
-            made = model.model.layers[layer].mlp(x[None])
-            made = made[0] if isinstance(made, tuple) else made
-            assert (made.reshape(x.shape) - expected).abs().max() < 1e-4 * expected.abs().max()
+    built_as_fitted(wanted, tmp_path / "out", monkeypatch)

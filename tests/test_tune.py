@@ -14,11 +14,14 @@ import random
 import pytest
 import tiny
 import torch
+import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 import moeforge
+from moeforge.cli import app
 from moeforge.errors import BuildError, MoeforgeError, SourceError
 from moeforge.prepare import prepare
 from moeforge.proof.heldout import load_output
@@ -550,3 +553,22 @@ def test_a_build_tunes_what_it_made(made, tmp_path):
         assert set(tuned.teachers.values()) <= set(range(1, 99))
     weight = load_file(tmp_path / "work" / "model.safetensors")[ROUTER]
     assert weight[0, OWN["p"]] > weight[1, OWN["p"]]
+
+
+def test_the_command_says_in_json_what_training_came_to(made, tmp_path):
+    wanted = {
+        "base_model": str(made / "A"),
+        "experts": [
+            {"source_model": str(made / answer), "positive_prompts": [text * 20, text * 30]}
+            for answer, text in (("A", "pA"), ("B", "qB"))
+        ],
+        "gate_mode": "random",
+        "tune": {**FAST, "window": 16},
+    }
+    path = tmp_path / "wanted.yml"
+    path.write_text(yaml.safe_dump(wanted))
+    run = CliRunner().invoke(app, ["build", str(path), "-o", str(tmp_path / "out"), "--json"])
+    assert run.exit_code == 0, run.output
+    tuned = json.loads(run.stdout)["tuned"]
+    assert tuned["heldout"]["after"] <= tuned["heldout"]["before"]
+    assert 0 < tuned["steps"] <= FAST["steps"]

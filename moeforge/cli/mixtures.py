@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,33 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeforge.cli.shared import (
+    Device,
     Json,
     Offline,
+    Overwrite,
     check_device,
     note,
     parse_size,
     print_json,
+    print_parts,
     reporting,
     showing_progress,
+    watched,
 )
 from moeforge.errors import BuildError, Finding
 
 if TYPE_CHECKING:
     from moeforge.tuning.train import Step
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Code = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that a model brings, from others.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
-
-
-def _print_parts(parts: list[Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for part in parts:
-        console.print(part)
 
 
 def evaluate(
@@ -60,7 +53,7 @@ def evaluate(
 
         check_device(device)
         limit = parse_size(memory) if memory else None
-        with showing_progress(shown=not as_json and sys.stderr.isatty()) as progress:
+        with showing_progress(shown=watched(as_json=as_json)) as progress:
             found = compare(
                 models,
                 text,
@@ -76,7 +69,7 @@ def evaluate(
             return
         for finding in found.notes:
             note(finding)
-        _print_parts(comparison_tables(found))
+        print_parts(*comparison_tables(found))
 
 
 def route(
@@ -107,7 +100,7 @@ def route(
             what = "there are no prompts to route"
             raise BuildError(Finding(what, "Give --prompts FILE or --expert NAME=FILE."))
         check_device(device)
-        with showing_progress(shown=not as_json and sys.stderr.isatty()) as progress:
+        with showing_progress(shown=watched(as_json=as_json)) as progress:
             found = measure(
                 model,
                 prompts or [],
@@ -130,7 +123,7 @@ def route(
         if as_json:
             print_json(route_tables.as_data(found))
         else:
-            _print_parts(route_tables.as_tables(found))
+            print_parts(*route_tables.as_tables(found))
 
 
 @contextmanager
@@ -214,7 +207,7 @@ def tune(
                 "batch": batch,
             }
         )
-        with showing_steps(shown=not as_json and sys.stderr.isatty()) as told:
+        with showing_steps(shown=watched(as_json=as_json)) as told:
             tuned = tuning.tune(
                 folder,
                 out,
@@ -230,4 +223,4 @@ def tune(
         if as_json:
             print_json(tuned_json(tuned))
         else:
-            _print_parts([f"[bold]{out}[/]: {verdict(tuned)}", tuned_table(tuned)])
+            print_parts(f"[bold]{out}[/]: {verdict(tuned)}", tuned_table(tuned))

@@ -11,6 +11,7 @@ from moeforge.cli.shared import (
     Json,
     Offline,
     print_json,
+    print_parts,
     reporting,
 )
 
@@ -30,9 +31,7 @@ def inspect(
         if as_json:
             print_json(found)
             return
-        from rich.console import Console
-
-        Console(highlight=False).print(facts_table(found))
+        print_parts(facts_table(found))
 
 
 def show(
@@ -41,8 +40,6 @@ def show(
 ) -> None:
     """List the merge methods, MoE families or gate modes."""
     with reporting(as_json=as_json):
-        from rich.console import Console
-
         from moeforge.errors import nearest
         from moeforge.tables import SHELVES, shelf_rows, shelf_table
 
@@ -53,7 +50,7 @@ def show(
         if as_json:
             print_json(shelf_rows(shelf))
         else:
-            Console(highlight=False).print(shelf_table(shelf))
+            print_parts(shelf_table(shelf))
 
 
 def push(

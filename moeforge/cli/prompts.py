@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moeforge.cli.shared import (
+    Device,
     Json,
     Offline,
     check_device,
     note,
     print_json,
+    print_parts,
     reporting,
     showing_progress,
+    watched,
 )
 
 app = typer.Typer(help="Choose the prompts that routers are made from.", no_args_is_help=True)
@@ -28,7 +30,6 @@ Embedding = Annotated[
         help="Folder or Hub id [default: sentence-transformers/all-MiniLM-L6-v2].",
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 
 
 @app.command()
@@ -50,7 +51,7 @@ def select(
         from moeforge.recipe.selecting import EMBEDDING_MODEL
 
         check_device(device)
-        with showing_progress(shown=not as_json and sys.stderr.isatty()) as progress:
+        with showing_progress(shown=watched(as_json=as_json)) as progress:
             kept = select_files(
                 files,
                 count,
@@ -63,12 +64,10 @@ def select(
         if as_json:
             print_json(selection_json(kept))
             return
-        from rich.console import Console
-
         for each in kept:
             for finding in each.findings():
                 note(finding)
-        Console(highlight=False).print(selection_table(kept))
+        print_parts(selection_table(kept))
 
 
 @app.command()
@@ -91,7 +90,7 @@ def cluster(
         from moeforge.recipe.selecting import EMBEDDING_MODEL
 
         check_device(device)
-        with showing_progress(shown=not as_json and sys.stderr.isatty()) as progress:
+        with showing_progress(shown=watched(as_json=as_json)) as progress:
             found = cluster_corpus(
                 corpus,
                 experts,
@@ -105,8 +104,6 @@ def cluster(
         if as_json:
             print_json(clusters_json(found))
             return
-        from rich.console import Console
-
         for finding in found.findings():
             note(finding)
-        Console(highlight=False).print(clusters_table(found))
+        print_parts(clusters_table(found))

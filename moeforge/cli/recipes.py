@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeforge.cli.shared import (
+    Device,
     Json,
     Offline,
+    Overwrite,
     RecipeArgument,
     check_device,
     findings_json,
     note,
     parse_size,
     print_json,
+    print_parts,
     reporting,
     show_size,
     showing_progress,
+    watched,
 )
 
 if TYPE_CHECKING:
@@ -31,15 +35,13 @@ def build(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Output folder [default: the recipe's stem].")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    device: Device = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Workers [default: all cores].")
     ] = None,
     memory: Annotated[str | None, typer.Option(help="Most memory to take, such as 2GB.")] = None,
     shard_size: Annotated[str, typer.Option(help="Most bytes per output file.")] = "5GB",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing folder.")
-    ] = False,
+    overwrite: Overwrite = False,
     offline: Offline = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
@@ -51,7 +53,7 @@ def build(
 
         limit, per_file = parse_size(memory) if memory else None, parse_size(shard_size)
         check_device(device)
-        shown = not quiet and not as_json and sys.stderr.isatty()
+        shown = not quiet and watched(as_json=as_json)
         with showing_progress(shown=shown) as progress:
             result = forge.build(
                 recipe,
@@ -81,6 +83,10 @@ def _result_json(result: Result) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "seconds": round(result.seconds, 3),
     }
+    if result.tuned:
+        from moeforge.tuning.tables import tuned_json
+
+        data["tuned"] = tuned_json(result.tuned)
     if heldout:
         data["held_out"] = {
             "domains": heldout.domains,
@@ -160,17 +166,14 @@ def check(
 
 def _overlap(recipe: Path, *, offline: bool, as_json: bool) -> dict[str, Any]:
     """Compare the prompts of the experts; show the matrix, or return it as plain data."""
-    from rich.console import Console
-
     from moeforge.prompting import overlap_of
     from moeforge.prompting.shown import overlap_json, overlap_table
 
-    shown = not as_json and sys.stderr.isatty()
-    with showing_progress(shown=shown) as progress:
+    with showing_progress(shown=watched(as_json=as_json)) as progress:
         found, findings = overlap_of(recipe, offline=offline, progress=progress)
     if as_json:
         return {"prompts": {**overlap_json(found), "notes": findings_json(findings)}}
-    Console(highlight=False).print(overlap_table(found))
+    print_parts(overlap_table(found))
     for finding in findings:
         note(finding)
     return {}
@@ -192,6 +195,4 @@ def plan(
         if as_json:
             print_json(described)
             return
-        from rich.console import Console
-
-        Console(highlight=False).print(plan_table(planned, described))
+        print_parts(plan_table(planned, described))

@@ -22,6 +22,8 @@ RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe, a YAML file.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only the local Hub cache.")]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -42,6 +44,20 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise typer.BadParameter("a size is at least one byte")
     return size
+
+
+def print_parts(*parts: Any) -> None:
+    """Print texts and tables."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for part in parts:
+        console.print(part)
+
+
+def watched(*, as_json: bool) -> bool:
+    """Say whether somebody looks on while a command runs."""
+    return not as_json and sys.stderr.isatty()
 
 
 def print_json(data: Any) -> None:

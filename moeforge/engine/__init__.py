@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeforge import methods
 from moeforge import workers as threads
 from moeforge.engine import processes
 from moeforge.engine.jobs import CopyJob, MergeJob, jobs_of
@@ -168,14 +169,10 @@ def run(
             Pool(workers, progress).run(jobs, make_state)
 
 
-_MULTIPLYING = {"slerp", "nuslerp", "multislerp", "karcher", "model_stock", "ramplus_tl", "sce"}
-"""Methods that multiply matrices: sums and products of their inputs."""
-
-
 def multiplies(plan: Plan) -> bool:
     """Say whether matrices are multiplied for any tensor of `plan`."""
     return any(
-        isinstance(part, Lora) or (isinstance(part, Merge) and part.method in _MULTIPLYING)
+        isinstance(part, Lora) or (isinstance(part, Merge) and methods.load(part.method).multiplies)
         for tensor in plan.tensors
         for part in walk(tensor.expr)
     )

@@ -195,6 +195,21 @@ class Family:
         return tuple(dict.fromkeys(name for names in self.experts.values() for name in names))
 
 
+def silu_only(name: str) -> Callable[[Config, Mixture], str]:
+    """Return the `exotic` of a family that other engines compute with SiLU, whatever is asked.
+
+    Args:
+        name: how people call the family.
+    """
+
+    def exotic(config: Config, mixture: Mixture) -> str:
+        if config["hidden_act"] == "silu":
+            return ""
+        return f"other engines compute {name} with SiLU, this model has {config['hidden_act']}"
+
+    return exotic
+
+
 PARTS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 """The tensors of a gated MLP."""
 

@@ -8,7 +8,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moeforge.configs import Config
-from moeforge.families import Accept, Fill, Mixture, Shape, Shared, Tensors, _gemma
+from moeforge.families import (
+    Accept,
+    Fill,
+    Mixture,
+    Shape,
+    Shared,
+    Tensors,
+    _gemma,
+    silu_only,
+)
 from moeforge.families._absorb import ROUNDING, one_plus_norms
 from moeforge.families._llama import internlm3_refuse
 from moeforge.families._windows import windows
@@ -63,11 +72,7 @@ def refuse(dense: Config, mixture: Mixture) -> str:
     return ""
 
 
-def activation(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute it with SiLU, this model has {dense['hidden_act']}"
-    return ""
+activation = silu_only("it")
 
 
 def exotic(dense: Config, mixture: Mixture) -> str:

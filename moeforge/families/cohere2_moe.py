@@ -7,7 +7,16 @@ that the router sees what attention sees.
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import QKVO_BIASES, Accept, Family, Mixture, Shared, each
+from moeforge.families import (
+    QKVO_BIASES,
+    Accept,
+    Family,
+    Mixture,
+    Shared,
+    each,
+    silu_only,
+)
+from moeforge.families._sparse import named_layers
 
 _LAYER = "model.layers.{layer}"
 _PARTS = ("input_layernorm.weight", *(f"self_attn.{part}_proj.weight" for part in "qkvo"))
@@ -39,13 +48,6 @@ def cohere2(dense: Config) -> Config:
     return {**dense, "layer_types": kinds, "head_dim": head_dim}
 
 
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute Cohere2-MoE with SiLU, this model has {dense['hidden_act']}"
-    return ""
-
-
 def config(dense: Config, mixture: Mixture) -> Config:
     """Write Cohere2-MoE's keys; the width of the experts is `intermediate_size`."""
     return {
@@ -67,11 +69,6 @@ def config(dense: Config, mixture: Mixture) -> Config:
     }
 
 
-def sparse(dense: Config, mixture: Mixture) -> Config | str:
-    """Any set of layers may keep its MLP."""
-    return {"mlp_layer_types": ["sparse" if layer else "dense" for layer in mixture.sparse]}
-
-
 FAMILY = Family(
     model_type="cohere2_moe",
     architecture="Cohere2MoeForCausalLM",
@@ -82,10 +79,10 @@ FAMILY = Family(
     router=f"{_LAYER}.mlp.gate.weight",
     experts=each(f"{_LAYER}.mlp.experts.{{expert}}"),
     config=config,
-    exotic=exotic,
+    exotic=silu_only("Cohere2-MoE"),
     layer=lambda config, layer: _PARTS,
     optional=QKVO_BIASES,
     dense_mlp=each(f"{_LAYER}.mlp"),
-    sparse=sparse,
+    sparse=named_layers,
     shared=Shared(each(f"{_LAYER}.mlp.shared_experts"), step=lambda config, mixture: mixture.width),
 )

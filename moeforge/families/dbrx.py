@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moeforge.configs import Config
 from moeforge.dense import EMBEDDINGS, HEAD, NORM
-from moeforge.families import Accept, Family, Fill, Mixture, Tensors
+from moeforge.families import Accept, Family, Fill, Mixture, Tensors, silu_only
 from moeforge.families._transforms import constant, fused, renamed
 from moeforge.plans import PlannedTensor
 
@@ -35,9 +35,7 @@ def refuse(dense: Config) -> str:
 
 
 def exotic(dense: Config) -> str:
-    """Other engines look neither at the activation nor at rotary scaling."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute DBRX with SiLU, this model has {dense['hidden_act']}"
+    """Other engines do not look at rotary scaling."""
     rope = dense.get("rope_parameters") or dense.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -114,6 +112,7 @@ FAMILY = Family(
         f"{_BLOCK}.ffn.experts.mlp.w2": ("down_proj.weight",),
     },
     config=config,
+    exotic=silu_only("DBRX"),
     layer=lambda config, layer: ("self_attn.Wqkv.weight", "self_attn.o_proj.weight"),
     fills={f"{_BLOCK}.norm_attn_norm.norm_{n}.weight": Fill(_ones, 1.0) for n in (1, 2)},
     outside=(EMBEDDINGS, NORM, HEAD),

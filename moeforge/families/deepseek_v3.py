@@ -9,7 +9,13 @@ import re
 
 from moeforge.configs import Config
 from moeforge.dense import EMBEDDINGS, HEAD
-from moeforge.families import Accept, Family, Mixture, Tensors
+from moeforge.families import (
+    Accept,
+    Family,
+    Mixture,
+    Tensors,
+    silu_only,
+)
 from moeforge.families import _deepseek as deepseek
 from moeforge.families._absorb import ROUNDING, absorbed, own_head
 from moeforge.families._rope import first_context
@@ -73,13 +79,6 @@ def refuse(dense: Config, mixture: Mixture) -> str:
     return deepseek.too_few(mixture)
 
 
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute DeepSeek-V3 with SiLU, this model has {dense['hidden_act']}"
-    return ""
-
-
 def config(dense: Config, mixture: Mixture) -> Config:
     """Write DeepSeek-V3's keys."""
     return {
@@ -111,7 +110,7 @@ FAMILY = Family(
     experts=deepseek.EXPERTS,
     config=config,
     refuse=refuse,
-    exotic=exotic,
+    exotic=silu_only("DeepSeek-V3"),
     layer=_layer,
     optional=_BIASES,
     sparse_fills=deepseek.FILLS,

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import LLAMA_LAYER, QK_NORMS, QKVO_BIASES, Accept, Family, Mixture
+from moeforge.families import (
+    LLAMA_LAYER,
+    QK_NORMS,
+    QKVO_BIASES,
+    Accept,
+    Family,
+    Mixture,
+    silu_only,
+)
 from moeforge.families import _deepseek as deepseek
 from moeforge.families._sparse import leading_dense
 from moeforge.families._windows import windows
@@ -12,13 +20,6 @@ from moeforge.families._windows import windows
 def refuse(dense: Config, mixture: Mixture) -> str:
     """The router needs two experts."""
     return deepseek.too_few(mixture)
-
-
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute dots1 with SiLU, this model has {dense['hidden_act']}"
-    return ""
 
 
 def config(dense: Config, mixture: Mixture) -> Config:
@@ -42,7 +43,7 @@ FAMILY = Family(
     experts=deepseek.EXPERTS,
     config=config,
     refuse=refuse,
-    exotic=exotic,
+    exotic=silu_only("dots1"),
     layer=lambda config, layer: (*LLAMA_LAYER, *QK_NORMS),
     optional=QKVO_BIASES,
     sparse_fills=deepseek.FILLS,

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import Accept, Family, Fill, Mixture, Shared, each
+from moeforge.families import (
+    Accept,
+    Family,
+    Fill,
+    Mixture,
+    Shared,
+    each,
+    silu_only,
+)
 from moeforge.families._sparse import spaced_layers
 
 _MLP = "model.layers.{layer}.mlp"
@@ -14,13 +22,6 @@ def refuse(dense: Config, mixture: Mixture) -> str:
     """With biases the family has one on the output head too, and none in the experts."""
     if dense["use_bias"]:
         return "Ernie4.5-MoE's experts have no biases, this model's MLPs have (use_bias is true)"
-    return ""
-
-
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute Ernie4.5-MoE with SiLU, this model has {dense['hidden_act']}"
     return ""
 
 
@@ -47,7 +48,7 @@ FAMILY = Family(
     experts=each(f"{_MLP}.experts.{{expert}}"),
     config=config,
     refuse=refuse,
-    exotic=exotic,
+    exotic=silu_only("Ernie4.5-MoE"),
     sparse_fills={_BIAS: Fill(lambda config, mixture: (1, mixture.experts), dtype="float32")},
     dense_mlp=each(_MLP),
     sparse=spaced_layers,

@@ -8,7 +8,14 @@ renormalise them (llama.cpp) compute the same.
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import QKVO_BIASES, Accept, Family, Mixture, each
+from moeforge.families import (
+    QKVO_BIASES,
+    Accept,
+    Family,
+    Mixture,
+    each,
+    silu_only,
+)
 
 _LAYER = "model.layers.{layer}"
 _NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
@@ -17,13 +24,6 @@ _ATTENTION = (
     "self_attn.q_norm.weight",
     "self_attn.k_norm.weight",
 )
-
-
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute FlexOlmo with SiLU, this model has {dense['hidden_act']}"
-    return ""
 
 
 def config(dense: Config, mixture: Mixture) -> Config:
@@ -45,7 +45,7 @@ FAMILY = Family(
     router=f"{_LAYER}.mlp.gate.weight",
     experts=each(f"{_LAYER}.mlp.experts.{{expert}}"),
     config=config,
-    exotic=exotic,
+    exotic=silu_only("FlexOlmo"),
     layer=lambda config, layer: (*_ATTENTION, *_NORMS),
     optional=QKVO_BIASES,
 )

@@ -6,7 +6,15 @@ Its router scores by sigmoid. Biases on queries, keys and values, none on the at
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import QKV_BIASES, Accept, Family, Mixture, Tensors, llama_layer
+from moeforge.families import (
+    QKV_BIASES,
+    Accept,
+    Family,
+    Mixture,
+    Tensors,
+    llama_layer,
+    silu_only,
+)
 from moeforge.families import _deepseek as deepseek
 from moeforge.families._llama import rotated_in_halves, unfused
 from moeforge.families._rope import phi3_note, phi3_rope, rotated, whole
@@ -37,13 +45,6 @@ def refuse(dense: Config, mixture: Mixture) -> str:
     if window:
         return f"Glm4Moe has no sliding attention, this model has (sliding_window is {window})"
     return deepseek.too_few(mixture)
-
-
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute Glm4Moe with SiLU, this model has {dense['hidden_act']}"
-    return ""
 
 
 def config(dense: Config, mixture: Mixture) -> Config:
@@ -79,7 +80,7 @@ FAMILY = Family(
     experts=deepseek.EXPERTS,
     config=config,
     refuse=refuse,
-    exotic=exotic,
+    exotic=silu_only("Glm4Moe"),
     layer=_layer,
     sparse_fills=deepseek.FILLS,
     dense_mlp=deepseek.DENSE_MLP,

@@ -6,17 +6,19 @@ The shared expert is as wide as an expert, and of zeros unless the recipe gives 
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import LLAMA_LAYER, QKVO_BIASES, Accept, Family, Mixture, Shared, each
+from moeforge.families import (
+    LLAMA_LAYER,
+    QKVO_BIASES,
+    Accept,
+    Family,
+    Mixture,
+    Shared,
+    each,
+    silu_only,
+)
 
 _MLP = "model.layers.{layer}.mlp"
 _QK_NORMS = ("self_attn.query_layernorm.weight", "self_attn.key_layernorm.weight")
-
-
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute HunYuan-MoE with SiLU, this model has {dense['hidden_act']}"
-    return ""
 
 
 def config(dense: Config, mixture: Mixture) -> Config:
@@ -37,7 +39,7 @@ FAMILY = Family(
     router=f"{_MLP}.gate.wg.weight",
     experts=each(f"{_MLP}.experts.{{expert}}"),
     config=config,
-    exotic=exotic,
+    exotic=silu_only("HunYuan-MoE"),
     layer=lambda config, layer: (*LLAMA_LAYER, *_QK_NORMS),
     optional=QKVO_BIASES,
     shared=Shared(

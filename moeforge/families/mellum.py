@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from moeforge.configs import Config, rope
-from moeforge.families import LLAMA_LAYER, QK_NORMS, QKVO_BIASES, Accept, Family, Mixture, each
+from moeforge.families import (
+    LLAMA_LAYER,
+    QK_NORMS,
+    QKVO_BIASES,
+    Accept,
+    Family,
+    Mixture,
+    each,
+    silu_only,
+)
 from moeforge.families._sparse import named_layers
 from moeforge.families._windows import windows
 
 _LAYER = "model.layers.{layer}"
-
-
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute Mellum with SiLU, this model has {dense['hidden_act']}"
-    return ""
 
 
 def config(dense: Config, mixture: Mixture) -> Config:
@@ -44,7 +46,7 @@ FAMILY = Family(
     router=f"{_LAYER}.mlp.gate.weight",
     experts=each(f"{_LAYER}.mlp.experts.{{expert}}"),
     config=config,
-    exotic=exotic,
+    exotic=silu_only("Mellum"),
     layer=lambda config, layer: (*LLAMA_LAYER, *QK_NORMS),
     optional=QKVO_BIASES,
     dense_mlp=each(f"{_LAYER}.mlp"),

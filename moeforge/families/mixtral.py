@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from moeforge.configs import Config, rope
 from moeforge.dense import EMBEDDINGS, HEAD
-from moeforge.families import Accept, Family, Mixture, Tensors, _gemma
+from moeforge.families import (
+    Accept,
+    Family,
+    Mixture,
+    Tensors,
+    _gemma,
+    silu_only,
+)
 from moeforge.families._absorb import ROUNDING, absorbed, one_plus_norms, own_head
 from moeforge.families._llama import (
     internlm3_refuse,
@@ -29,13 +36,6 @@ def refuse(dense: Config, mixture: Mixture) -> str:
     if rotated(dense) != dense["head_dim"]:
         part = f"{rotated(dense)} of {dense['head_dim']} dimensions"
         return f"Mixtral rotates whole heads, this model {part} of each (partial_rotary_factor)"
-    return ""
-
-
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute Mixtral with SiLU, this model has {dense['hidden_act']}"
     return ""
 
 
@@ -177,5 +177,5 @@ FAMILY = Family(
     },
     config=config,
     refuse=refuse,
-    exotic=exotic,
+    exotic=silu_only("Mixtral"),
 )

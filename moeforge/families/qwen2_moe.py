@@ -7,7 +7,17 @@ renormalise this family's expert weights; granitemoe is the home of qwen2 for GG
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import LLAMA_LAYER, QKV_BIASES, Accept, Family, Fill, Mixture, Shape, each
+from moeforge.families import (
+    LLAMA_LAYER,
+    QKV_BIASES,
+    Accept,
+    Family,
+    Fill,
+    Mixture,
+    Shape,
+    each,
+    silu_only,
+)
 from moeforge.families._qwen import gated_shared
 from moeforge.families._sparse import qwen_layers
 from moeforge.families._windows import mixed, windows
@@ -26,13 +36,6 @@ def refuse(dense: Config, mixture: Mixture) -> str:
             "Qwen2-MoE has no bias on o_proj and in the experts, this model has (attention_bias or "
             "mlp_bias is true)"
         )
-    return ""
-
-
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute Qwen2-MoE with SiLU, this model has {dense['hidden_act']}"
     return ""
 
 
@@ -90,7 +93,7 @@ FAMILY = Family(
     experts=each(f"{_LAYER}.mlp.experts.{{expert}}"),
     config=config,
     refuse=refuse,
-    exotic=exotic,
+    exotic=silu_only("Qwen2-MoE"),
     layer=lambda config, layer: (*LLAMA_LAYER, *(QKV_BIASES if _biased(config) else ())),
     fills={
         f"{_LAYER}.self_attn.q_proj.bias": _zeros("num_attention_heads"),

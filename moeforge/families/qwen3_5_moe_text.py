@@ -6,7 +6,16 @@ Experts lie in all layers. The shared expert contributes nothing unless the reci
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import LLAMA_LAYER, QK_NORMS, QKVO_BIASES, Accept, Family, Mixture, each
+from moeforge.families import (
+    LLAMA_LAYER,
+    QK_NORMS,
+    QKVO_BIASES,
+    Accept,
+    Family,
+    Mixture,
+    each,
+    silu_only,
+)
 from moeforge.families._qwen import gated_shared
 
 _MLP = "model.layers.{layer}.mlp"
@@ -41,13 +50,6 @@ def _layer(config: Config, layer: int) -> tuple[str, ...]:
     return (*LLAMA_LAYER, *QK_NORMS)
 
 
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute Qwen3.5-MoE with SiLU, this model has {dense['hidden_act']}"
-    return ""
-
-
 def config(dense: Config, mixture: Mixture) -> Config:
     """Write Qwen3.5-MoE's keys; it always renormalises the weights of the chosen experts."""
     return {
@@ -69,7 +71,7 @@ FAMILY = Family(
     router=f"{_MLP}.gate.weight",
     experts=each(f"{_MLP}.experts.{{expert}}"),
     config=config,
-    exotic=exotic,
+    exotic=silu_only("Qwen3.5-MoE"),
     layer=_layer,
     optional=QKVO_BIASES,
     shared=gated_shared(_MLP),

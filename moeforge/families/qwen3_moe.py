@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from moeforge.configs import Config
-from moeforge.families import LLAMA_LAYER, QK_NORMS, QKVO_BIASES, Accept, Family, Mixture, each
+from moeforge.families import (
+    LLAMA_LAYER,
+    QK_NORMS,
+    QKVO_BIASES,
+    Accept,
+    Family,
+    Mixture,
+    each,
+    silu_only,
+)
 from moeforge.families._sparse import qwen_layers
 from moeforge.families._windows import windows
 
@@ -15,13 +24,6 @@ def refuse(dense: Config, mixture: Mixture) -> str:
     _, window = windows(dense)
     if window:
         return f"Qwen3-MoE cannot mix sliding and full attention (sliding_window is {window})"
-    return ""
-
-
-def exotic(dense: Config, mixture: Mixture) -> str:
-    """Other engines do not look at the activation."""
-    if dense["hidden_act"] != "silu":
-        return f"other engines compute Qwen3-MoE with SiLU, this model has {dense['hidden_act']}"
     return ""
 
 
@@ -47,7 +49,7 @@ FAMILY = Family(
     experts=each(f"{_LAYER}.mlp.experts.{{expert}}"),
     config=config,
     refuse=refuse,
-    exotic=exotic,
+    exotic=silu_only("Qwen3-MoE"),
     layer=lambda config, layer: (*LLAMA_LAYER, *QK_NORMS),
     optional=QKVO_BIASES,
     dense_mlp=each(f"{_LAYER}.mlp"),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from moeforge.configs import Config
+from moeforge.configs import Config, plain_floats
 from moeforge.module_weights import ReadTensor
 
 if TYPE_CHECKING:
@@ -53,20 +53,11 @@ def skeleton(config: Config, attention: str | None = None) -> nn.Module:
         raise ValueError(f"the installed transformers does not know {kind} models")
     with quiet(), init_empty_weights(include_buffers=False):
         model: nn.Module = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING[kind].from_dict(_plain_floats(config)),
+            CONFIG_MAPPING[kind].from_dict(plain_floats(config)),
             attn_implementation=attention,
             dtype=torch.float32,
         )
     return model.eval()
-
-
-def _plain_floats(value: Any) -> Any:
-    """Return JSON data in which transformers' {"__float__": "Infinity"} is a float."""
-    if isinstance(value, dict):
-        if value.keys() == {"__float__"}:
-            return float(value["__float__"])
-        return {key: _plain_floats(each) for key, each in value.items()}
-    return [_plain_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def load_dense(config: Config, names: Iterable[str], read: ReadTensor) -> nn.Module:

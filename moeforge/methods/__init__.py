@@ -120,6 +120,7 @@ class Method:
             "non_base" parameter is None); "none": a base is an ordinary input.
         measure: (params, place) -> what must be known of the whole tensor first; None for nothing.
         rows: (params) -> whether slices must be made of whole rows, along the last dimension.
+        multiplies: whether it has BLAS multiply, which not every process may, see `workers`.
         random: whether `params` gets a "key", which random draws follow from.
         check: (params) -> what is wrong with these values together, or an empty string.
         paper: where the formula comes from; may be empty.
@@ -132,6 +133,7 @@ class Method:
     base: Literal["required", "optional", "none"] = "none"
     measure: Callable[[Params, Place], Measurement] | None = None
     rows: Callable[[Params], bool] = lambda params: False
+    multiplies: bool = False
     random: bool = False
     check: Callable[[Params], str] | None = None
     paper: str = ""

@@ -84,5 +84,6 @@ METHOD = Method(
     params={"max_iter": Param(int, 10), "tol": Param(float, 1e-5)},
     inputs=(1, None),
     measure=measure,
+    multiplies=True,
     paper="https://arxiv.org/abs/2603.04972",
 )

@@ -64,6 +64,7 @@ METHOD = Method(
     inputs=(3, None),
     base="required",
     measure=measure,
+    multiplies=True,
     rows=lambda params: bool(params["filter_wise"]),
     paper="https://arxiv.org/abs/2403.19522",
 )

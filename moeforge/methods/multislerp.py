@@ -96,6 +96,7 @@ METHOD = Method(
     inputs=(1, None),
     base="optional",
     measure=measure,
+    multiplies=True,
     check=check,
     paper="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
 )

@@ -131,6 +131,7 @@ METHOD = Method(
     inputs=(2, 2),
     base="optional",
     measure=measure,
+    multiplies=True,
     rows=rows,
     paper="https://en.wikipedia.org/wiki/Slerp",
 )

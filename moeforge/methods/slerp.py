@@ -60,5 +60,6 @@ METHOD = Method(
     inputs=(2, 2),
     base="required",
     measure=measure,
+    multiplies=True,
     paper="https://en.wikipedia.org/wiki/Slerp",
 )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from moeforge.configs import Config, layer_key, n_layers
+from moeforge.configs import Config, layer_key, n_layers, plain_floats
 from moeforge.planners.layer_keys import NOT_PER_LAYER, RULES, LayerFieldError, Origin, restack
 
 _ALWAYS = """
@@ -39,15 +39,6 @@ def is_uniform(config: Config) -> bool:
     return unless is not None and not any(config.get(key) for key in unless)
 
 
-def plain(value: Any) -> Any:
-    """Return a copy of a config with infinite numbers, which transformers 5 writes in words."""
-    if isinstance(value, dict):
-        if value.keys() == {"__float__"}:
-            return float(value["__float__"])
-        return {key: plain(each) for key, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list) else value
-
-
 def read(config: Config) -> Any:
     """Return transformers' own configuration for `config`, or None where it knows no layers of it.
 
@@ -63,7 +54,7 @@ def read(config: Config) -> Any:
         return None
     try:
         with quiet():
-            known = CONFIG_MAPPING[kind].from_dict(plain(config))
+            known = CONFIG_MAPPING[kind].from_dict(plain_floats(config))
     except Exception as error:  # each family has its own checks
         reason = str(error).strip().splitlines()[-1].strip()
         raise LayerFieldError(f"transformers' {kind} cannot be configured so: {reason}") from None

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from moeforge.configs import Config
+from moeforge.configs import Config, plain_floats
 from moeforge.planners.layer_keys import LayerFieldError, Origin
-from moeforge.planners.layer_lists import depth_of, is_uniform, lists, plain, stacked_config
+from moeforge.planners.layer_lists import depth_of, is_uniform, lists, stacked_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,7 +118,7 @@ def facts(config: Config) -> tuple[list[Facts], Facts]:
 
     try:
         with quiet(), _large_without_data():
-            model = skeleton(plain(config), attention="eager")
+            model = skeleton(plain_floats(config), attention="eager")
     except Exception as error:  # what a family raises at a config that it cannot build
         reason = str(error).strip().splitlines()[-1].strip()
         raise LayerFieldError(f"transformers cannot build such a model: {reason}") from None

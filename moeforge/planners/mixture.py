@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from moeforge.configs import Config, portable
-from moeforge.dense import EMBEDDINGS, HEAD
+from moeforge.dense import EMBEDDINGS, HEAD, complete
 from moeforge.families import PARTS, Family, Fill, Tensors
 from moeforge.planners.homes import Home, accept, in_words_of
 from moeforge.planners.model import Findings, Model, listing, natural
@@ -31,15 +31,8 @@ _UNUSED_GATE = 2.0**-10
 """Element of the gate on a shared expert of zeros."""
 
 
-def view(model: Model, family: Family) -> Tensors:
-    """Return the tensors of a dense model in the layout that the templates of `family` speak of."""
-    from moeforge.dense import complete
-
-    return accept(family, model.config).tensors(complete(model.config), model.tensors)
-
-
 class Views:
-    """The inputs of a mixture in the layout of its family, each made once."""
+    """The inputs of a mixture in the layout that its family's templates speak of, made once."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
@@ -48,7 +41,8 @@ class Views:
     def __call__(self, model: Model) -> Tensors:
         """Return the tensors of `model`."""
         if model.label not in self._made:
-            self._made[model.label] = view(model, self._family)
+            taken = accept(self._family, model.config)
+            self._made[model.label] = taken.tensors(complete(model.config), model.tensors)
         return self._made[model.label]
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from moeforge.configs import Config, n_layers, rope
 from moeforge.errors import Finding
-from moeforge.plans import Dequantize, PlannedTensor, Read
+from moeforge.plans import Dequantize, PlannedTensor, Read, walk
 from moeforge.sources import Source, quantized
 from moeforge.tensors import TensorSpec
 from moeforge.vocabulary.change import TokenizerChange
@@ -186,6 +186,21 @@ def listing(names: Iterable[str], most: int = 3) -> str:
     every = list(names)
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return ", ".join(every[:most]) + more
+
+
+def unused(
+    models: Iterable[Model], tensors: Iterable[PlannedTensor]
+) -> Iterator[tuple[Model, str]]:
+    """Yield every tensor of `models` that none of `tensors` is made of, with its model."""
+
+    def reads(tensor: PlannedTensor) -> set[Read]:
+        return {part for part in walk(tensor.expr) if isinstance(part, Read)}
+
+    taken = {part for tensor in tensors for part in reads(tensor)}
+    for model in models:
+        for name, tensor in model.tensors.items():
+            if taken.isdisjoint(reads(tensor)):
+                yield model, name
 
 
 _FACTS = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moeforge import families
 from moeforge.configs import n_layers
-from moeforge.dense import hidden_size
+from moeforge.dense import hidden_size, mlp_width
 from moeforge.errors import Path
 from moeforge.families import Family, Mixture
 from moeforge.planners import remote
@@ -49,7 +49,7 @@ def plan_moe(
         recipe.experts_per_token,
         0,
         sparse,
-        sum(_width(expert.models[sparse.index(True)]) for expert in whole_shared),
+        sum(mlp_width(expert.models[sparse.index(True)].config) for expert in whole_shared),
     )
     mixture = replace(mixture, width=_common_width(base, whole, recipe, findings))
     where = "base_model" if recipe.architecture == "auto" else "architecture"
@@ -74,7 +74,7 @@ def _plan_native(
     check_base(parts, family, views, findings, (*path, "base_model"))
     layers = [layer for layer, sparse in enumerate(parts.mixture.sparse) if sparse]
     for expert in (*parts.experts, *parts.shared):
-        for model in {model.label: model for model in expert.models}.values():
+        for model in expert.distinct:
             served = [layer for layer in layers if expert.models[layer] is model]
             kind = str(model.config.get("model_type"))
             if kind in family.accepts:
@@ -139,20 +139,6 @@ def _has_sizes(base: Model, findings: Findings, path: Path) -> bool:
     return not absent
 
 
-_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-
-
-def _width(model: Model) -> int:
-    """Return the intermediate size of the MLPs of `model`, by its config."""
-    for key in _WIDTHS:
-        value = model.config.get(key)
-        if isinstance(value, list) and value:
-            return int(max(value))
-        if isinstance(value, int):
-            return value
-    return 4 * (hidden_size(model.config) or 0)
-
-
 def _common_width(
     base: Model,
     experts: list[ExpertParts],
@@ -160,14 +146,14 @@ def _common_width(
     findings: Findings,
 ) -> int:
     """Return the width that all experts get; report those that differ unless zeros may be added."""
-    widest = _width(base)
+    own = widest = mlp_width(base.config)
     for expert in experts:
-        for model in {model.label: model for model in expert.models}.values():
-            width = _width(model)
-            if width != _width(base) and not recipe.pad_experts:
+        for model in expert.distinct:
+            width = mlp_width(model.config)
+            if width != own and not recipe.pad_experts:
                 what = f"{model.label} has intermediate_size {width}, {base.label}"
                 fix = "Use fine-tunes of the base, or pad_experts: true to fill up with zeros."
-                findings.error(f"{what} has {_width(base)}", fix, expert.path)
+                findings.error(f"{what} has {own}", fix, expert.path)
             widest = max(widest, width)
     return widest
 

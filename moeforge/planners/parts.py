@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moeforge.errors import Path
 from moeforge.families import Mixture
-from moeforge.planners.model import Model
+from moeforge.planners.model import Model, unused
 from moeforge.plans import (
     Affine,
     Columns,
@@ -16,9 +16,7 @@ from moeforge.plans import (
     Expr,
     Fill,
     PlannedTensor,
-    Read,
     pieces,
-    walk,
 )
 from moeforge.recipe import Expert, MoeRecipe
 from moeforge.sources import Source
@@ -42,6 +40,11 @@ class ExpertParts:
     path: Path
     label: str
     models: tuple[Model, ...]
+
+    @property
+    def distinct(self) -> list[Model]:
+        """The models, each once."""
+        return list({model.label: model for model in self.models}.values())
 
 
 @dataclass(frozen=True)
@@ -108,22 +111,14 @@ class Parts:
 
     def left_out(self, tensors: Sequence[PlannedTensor]) -> dict[str, str]:
         """List what the inputs have and the mixture knowingly does not use."""
-        read = {
-            (part.source, part.name)
-            for tensor in tensors
-            for part in walk(tensor.expr)
-            if isinstance(part, Read)
+        base = self.base
+        left = {
+            f"{model.label}: {name}": "the experts' MLPs take its place"
+            if model is base
+            else "comes from the base"
+            for model, name in unused(self.inputs(), tensors)
         }
-        left: dict[str, str] = {}
-        for model in self.inputs():
-            base = model is self.base
-            why = "the experts' MLPs take its place" if base else "comes from the base"
-            for name, tensor in model.tensors.items():
-                reads = [part for part in walk(tensor.expr) if isinstance(part, Read)]
-                if not any((part.source, part.name) in read for part in reads):
-                    left[f"{model.label}: {name}"] = why
-            if base:
-                left.update((f"{model.label}: {n}", why) for n, why in model.left_out.items())
+        left.update((f"{base.label}: {name}", why) for name, why in base.left_out.items())
         return left
 
 

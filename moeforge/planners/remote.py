@@ -50,7 +50,7 @@ def plan(parts: Parts, findings: Findings, notes: Findings, path: Path) -> Plan 
     """
     before, kind = len(findings), parts.base.config["model_type"]
     for expert in (*parts.experts, *parts.shared):
-        for model in {model.label: model for model in expert.models}.values():
+        for model in expert.distinct:
             if (theirs := model.config.get("model_type")) != kind:
                 what = f"{model.label} is a {theirs} model, the base a {kind} model"
                 findings.error(what, "Use fine-tunes of the base.", expert.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from moeforge.dense import anatomy, hidden_size
+from moeforge.dense import WIDTHS, anatomy, hidden_size
 from moeforge.errors import Path
 from moeforge.families import _remote
 from moeforge.planners.model import Findings, Model, listing
@@ -20,8 +20,6 @@ _OUTPUT = re.compile(
     r"\.(weight|bias)$"
 )
 """The last linear map of an MLP, as the families call it."""
-_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "dim_ff", "dff")
-"""Keys of configs for the width of MLPs."""
 
 
 class Mlps:
@@ -118,7 +116,7 @@ class Mlps:
         own = self._width_of(base, 0)
         widths = {own, *(self._width_of(e.models[layer], layer) for e, layer in self._served())}
         self._width = max(widths)
-        keys = [key for key in _WIDTHS if base.config.get(key, "") in (own, None)]
+        keys = [key for key in WIDTHS if base.config.get(key, "") in (own, None)]
         if reason := self._no_zeros(base, own, widths, keys):
             what = f"experts of unequal width: {reason}"
             findings.error(what, "Use experts as wide as the base.", (*path, "pad_experts"))

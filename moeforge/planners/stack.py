@@ -19,10 +19,10 @@ from moeforge.planners.merge import (
     same_shape,
     untie,
 )
-from moeforge.planners.model import Findings, Model, differences, listing, natural, towers
+from moeforge.planners.model import Findings, Model, differences, listing, natural, towers, unused
 from moeforge.planners.prediction import without_prediction
 from moeforge.planners.vocab import plan_vocabulary
-from moeforge.plans import PlannedTensor, Read, walk
+from moeforge.plans import PlannedTensor
 from moeforge.recipe import Slice, StackRecipe
 from moeforge.recipe.parameters import Scope
 
@@ -187,9 +187,10 @@ def plan_stack(
         notes.error(sentence, path=path)
     config = finish_config(config, tensors)
     stacked = assemble("stack", config, tensors, donor, [donor, *inputs])
-    unused = _unused(list(by_label.values()), tensors)
+    left = unused(by_label.values(), tensors)
+    in_no_slice = {f"{model.label}: {name}": "in no slice" for model, name in left}
     change = vocabulary.change if vocabulary else donor.tokenizer
-    return replace(stacked, tokenizer=change, left_out={**stacked.left_out, **unused})
+    return replace(stacked, tokenizer=change, left_out={**stacked.left_out, **in_no_slice})
 
 
 def _entries(
@@ -289,19 +290,3 @@ class _Stacker:
         tensor = self._combiner.tensor(name, part.slots(inputs), scopes, part.base, position)
         if tensor is not None:
             yield tensor
-
-
-def _unused(inputs: Sequence[Model], tensors: Sequence[PlannedTensor]) -> dict[str, str]:
-    """List the tensors of the inputs that no slice takes."""
-    read = {
-        (part.source, part.name)
-        for tensor in tensors
-        for part in walk(tensor.expr)
-        if isinstance(part, Read)
-    }
-    return {
-        f"{model.label}: {name}": "in no slice"
-        for model in inputs
-        for name, tensor in model.tensors.items()
-        if not any((e.source, e.name) in read for e in walk(tensor.expr) if isinstance(e, Read))
-    }

@@ -36,16 +36,8 @@ def _entries(loaded: LoadedRecipe) -> list[_Entry]:
     """
     recipe = loaded.recipe
     assert isinstance(recipe, MoeRecipe)
-    given: list[tuple[tuple[str | int, ...], Expert]] = [
-        (("experts", i), expert) for i, expert in enumerate(recipe.experts)
-    ]
-    given += [
-        (("shared_experts", i), expert)
-        for i, expert in enumerate(recipe.shared_experts)
-        if expert.has_prompts
-    ]
     entries = []
-    for path, expert in given:
+    for path, expert in recipe.numbered:
         try:
             prompts = loaded.expert_prompts(expert)
         except ValueError as error:
@@ -99,9 +91,9 @@ def with_selection(
     loaded, recipe = prepared.loaded, prepared.loaded.recipe
     if not isinstance(recipe, MoeRecipe) or not prepared.prompts:
         return prepared
-    entries = _entries(loaded)
-    if not any(entry.expert.select for entry in entries):
+    if not any(expert.select for _, expert in recipe.numbered):
         return prepared
+    entries = _entries(loaded)
 
     def embed() -> Embed:
         return embedder(

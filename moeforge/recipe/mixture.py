@@ -160,6 +160,16 @@ class MoeRecipe(Recipe, EmbeddingKeys):
     tune: Tuning | None = None
     seed: Seed = 0
 
+    @property
+    def numbered(self) -> list[tuple[tuple[str | int, ...], Expert]]:
+        """Experts with their places, as prompts are numbered: shared ones follow if they have any.
+
+        A shared expert may have prompts where its family weighs it, but needs none.
+        """
+        routed = [(("experts", i), expert) for i, expert in enumerate(self.experts)]
+        shared = [(("shared_experts", i), expert) for i, expert in enumerate(self.shared_experts)]
+        return [*routed, *(entry for entry in shared if entry[1].has_prompts)]
+
     def sparse(self, depth: int) -> tuple[bool, ...]:
         """Return for each of `depth` layers whether it has experts.
 

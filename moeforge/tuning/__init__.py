@@ -130,15 +130,14 @@ def tune_built(
     Raises:
         MoeforgeError: with what is wrong.
     """
+    loaded, recipe = prepared.loaded, prepared.loaded.recipe
+    if not isinstance(recipe, MoeRecipe) or recipe.tune is None:
+        return None
     from moeforge.gates._tokenize import load_tokenizer
     from moeforge.tuning.teachers import load_model
 
-    loaded, recipe = prepared.loaded, prepared.loaded.recipe
-    settings = getattr(recipe, "tune", None)
-    if settings is None:
-        return None
-    assert isinstance(recipe, MoeRecipe)
     assert plan.experts is not None
+    settings = recipe.tune
     began, window = time.perf_counter(), _window(plan.config, settings)
     prompts = [prompt for expert in recipe.experts for prompt in loaded.expert_prompts(expert)]
     documents = _documents(load_tokenizer(work), settings, window, loaded.find, prompts)
