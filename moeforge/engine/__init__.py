@@ -153,6 +153,8 @@ def run(
             # What lies on the Hub is fetched now, once, and not by each worker.
             for name in list(source.specs())[:1]:
                 source.locate(name)
+        import torch
+
         from moeforge.engine.evaluate import Evaluator
 
         size = settings.slice_for(plan)
@@ -165,8 +167,13 @@ def run(
         forks = processes.AVAILABLE and not (threads.multiplied and multiplies(plan))
         if workers > 1 and settings.device == "cpu" and forks:
             processes.run(jobs, make_state, workers, progress)
-        else:
+            return
+        threads.multiplied = threads.multiplied or (workers > 1 and multiplies(plan))
+        before = torch.get_num_threads()
+        try:
             Pool(workers, progress).run(jobs, make_state)
+        finally:
+            torch.set_num_threads(before)  # a worker takes one thread for itself
 
 
 def multiplies(plan: Plan) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from moeforge.engine.evaluate import Evaluator
 
 _POLL = 0.1
-"""Seconds between two looks at the progress."""
+"""Seconds between two reports of the progress."""
 
 Chunk = Callable[["Evaluator | None", Callable[[int], None]], None]
 
@@ -23,7 +24,7 @@ class Pool:
     """A queue of chunks; the last worker of a phase puts the next phase in front.
 
     Args:
-        workers: number of threads.
+        workers: number of threads; the only one is the calling thread.
         progress: called by the thread that calls `run`, with the bytes written so far.
     """
 
@@ -36,6 +37,7 @@ class Pool:
         self._error: BaseException | None = None
         self._stop = False
         self._done = 0
+        self._told = time.monotonic()
 
     def run(self, jobs: Sequence[Job], make_state: Callable[[], Evaluator | None]) -> None:
         """Do all `jobs`.
@@ -49,6 +51,16 @@ class Pool:
         """
         for job in jobs:
             self._push(job, front=False)
+        if self._workers == 1:
+            # Not in a thread of its own: processes forked later could not multiply, see `workers`.
+            self._work(make_state)
+        else:
+            self._share(make_state)
+        if self._error is not None:
+            raise self._error
+        self._progress(self._done)
+
+    def _share(self, make_state: Callable[[], Evaluator | None]) -> None:
         threads = [
             threading.Thread(target=self._work, args=(make_state,), daemon=True)
             for _ in range(self._workers)
@@ -65,9 +77,6 @@ class Pool:
                 self._change.notify_all()
             for thread in threads:
                 thread.join()
-        if self._error is not None:
-            raise self._error
-        self._progress(self._done)
 
     def _push(self, job: Job, *, front: bool) -> None:
         chunks = [(job, chunk) for chunk in job.chunks()]
@@ -82,6 +91,9 @@ class Pool:
             self._done += count
             if self._stop:
                 raise InterruptedError
+        if self._workers == 1 and time.monotonic() - self._told > _POLL:
+            self._told = time.monotonic()
+            self._progress(self._done)
 
     def _work(self, make_state: Callable[[], Evaluator | None]) -> None:
         name = ""
@@ -96,6 +108,8 @@ class Pool:
                     last = not self._pending[id(job)]
                 if last:
                     self._advance(job)
+        except KeyboardInterrupt:  # of the only worker, which is the thread that was asked
+            raise
         except BaseException as error:
             with self._change:
                 if self._error is None and not self._stop:
