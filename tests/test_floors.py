@@ -13,7 +13,7 @@ ROOT = Path(moeforge.__file__).parent
 
 FLOORS = [
     {"errors", "version"},
-    {"tensors", "catalog", "configs", "dense", "vocabulary", "workers"},
+    {"tensors", "catalog", "configs", "dense", "vocabulary", "workers", "finite", "hashes"},
     {"recipe", "plans", "sources", "forward", "module_weights", "routing"},
     {"methods", "families", "gates"},
     {"planners", "engine", "output", "proof", "targets"},
@@ -35,6 +35,7 @@ FLOORS = [
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {
     ("configs", "dense"),
+    ("tensors", "finite"),
     ("module_weights", "forward"),
     ("sources", "plans"),
     ("output", "engine"),

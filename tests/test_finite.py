@@ -1,0 +1,32 @@
+"""Values that are not finite are found in raw bytes, of every dtype, as torch finds them."""
+
+import pytest
+import torch
+
+from moeforge.finite import count_odd
+from moeforge.tensors import BY_NAME
+
+FLOATS = [name for name in BY_NAME if name.startswith(("float", "bfloat"))]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_counts_are_torchs(name):
+    dtype = getattr(torch, name)
+    size = dtype.itemsize
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randint(0, 256, (3000 * size,), generator=generator, dtype=torch.uint8)
+    if size < 4:  # every code there is
+        codes = torch.arange(256**size).to({1: torch.uint8, 2: torch.uint16}[size])
+        raw = torch.cat([raw, codes.view(torch.uint8)])
+    else:
+        odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0], dtype=dtype)
+        raw = torch.cat([raw, odd.view(torch.uint8)])
+    values = raw.view(dtype).to(torch.float64)
+    expected = (int(values.isnan().sum()), int(values.isinf().sum()))
+    assert expected[0] > 0
+    assert count_odd(raw.numpy().tobytes(), BY_NAME[name]) == expected
+
+
+def test_integers_and_nothing_are_finite():
+    assert count_odd(b"\xff" * 8, BY_NAME["int64"]) == (0, 0)
+    assert count_odd(b"", BY_NAME["bfloat16"]) == (0, 0)
