@@ -261,7 +261,7 @@ class Plan:
         donor: the one whose tokenizer and other small files the output gets.
         tokenizer: how the tokenizer differs from the donor's; None if it does not.
         experts: None unless it is a mixture of experts.
-        left_out: input tensors that knowingly have no place, with the reason.
+        left_out: input tensors that knowingly have no place, with the reason; others are read.
         notes: what is worth knowing, and no error.
         code: files of program text that belong to the output, by name.
     """
@@ -273,7 +273,7 @@ class Plan:
     donor: Source
     experts: Experts | None = None
     tokenizer: TokenizerChange | None = None
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[Read, str] = field(default_factory=dict)
     notes: tuple[Finding, ...] = ()
     code: Mapping[str, str] = field(default_factory=dict)
 

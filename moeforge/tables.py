@@ -45,7 +45,7 @@ def describe(plan: Plan, shard_size: int) -> dict[str, Any]:
         "config": plan.config,
         "sources": list(plan.sources),
         "notes": [str(note) for note in plan.notes],
-        "left_out": dict(plan.left_out),
+        "left_out": {f"{at.source}: {at.name}": why for at, why in plan.left_out.items()},
         "tensors": [
             {
                 "name": entry.tensor.name,

@@ -275,7 +275,7 @@ def test_a_tensor_is_read_from_the_file_that_the_index_names(damaged, tmp_path):
     [
         ({"intermediate_size": 128}, "has intermediate_size 128,"),
         ({"hidden_size": 128}, "has hidden_size 128,"),
-        ({"num_hidden_layers": 3}, "has layers 3,"),
+        ({"num_hidden_layers": 3}, "has 3 layers,"),
         ({"hidden_act": "gelu"}, "has activation gelu,"),
     ],
 )
@@ -313,7 +313,7 @@ def test_experts_that_differ_in_what_the_base_brings_are_noted(llamas, models):
     report = moeforge.check(mixture(llamas[0], llamas[1], other))
     assert not report.errors
     notes = "\n".join(map(str, report.notes))
-    assert f"{other} has vocabulary entries 320, {llamas[0]} has 300" in notes
+    assert f"{other} has 320 vocabulary entries, {llamas[0]} has 300" in notes
     assert "tokens it lacks are lost" in notes
     assert "rms_norm_eps" in notes
 
@@ -326,7 +326,7 @@ def test_experts_that_differ_in_what_the_base_brings_are_noted(llamas, models):
         ({"hidden_size": 128}, "hidden_size 128"),
         ({"intermediate_size": 128}, "intermediate_size 128"),
         # Twice the heads of half the width: every tensor has the same shape, none the same meaning.
-        ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}, "attention heads 8"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}, "8 attention heads"),
     ],
 )
 def test_merges_of_different_shapes_are_refused(config, said, llamas, models):
@@ -371,8 +371,8 @@ def test_ranges_of_one_slice_must_be_equally_long(llamas):
     ("kind", "config", "said"),
     [
         ("llama", {"intermediate_size": 128}, "intermediate_size 128"),
-        ("llama", {"num_attention_heads": 8}, "attention heads 8"),
-        ("llama", {"vocab_size": 320}, "vocabulary entries 320"),
+        ("llama", {"num_attention_heads": 8}, "8 attention heads"),
+        ("llama", {"vocab_size": 320}, "320 vocabulary entries"),
         ("qwen2", {}, "is a qwen2 model"),
     ],
 )

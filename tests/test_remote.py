@@ -232,7 +232,7 @@ def test_names_of_a_bare_decoder_and_old_masks(models, tmp_path):
     plan = build(tmp_path / "out", bare, [bare, bare]).plan
     assert torch.allclose(logits(load(tmp_path / "out")), logits(load(whole)), atol=1e-4)
     assert not any(".attn.bias" in tensor.name for tensor in plan.tensors)
-    assert any(".attn.bias" in name for name in plan.left_out)
+    assert any(".attn.bias" in read.name for read in plan.left_out)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_configs_that_version_4_wrote(kind, old, models, tmp_path):
 
 
 def test_experts_of_another_kind_are_refused(models, tmp_path):
-    with pytest.raises(PlanError, match="the base a smollm3 model"):
+    with pytest.raises(PlanError, match=r"an olmo3 model .*smollm3 model"):
         build(tmp_path / "out", made(models, "smollm3", 1), [made(models, "olmo3", 1)] * 2)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeforge.errors import Finding, MoeforgeError, Path, PlanError, SourceError
+from moeforge.planners.account import accounted
 from moeforge.planners.adapters import apply_adapter
 from moeforge.planners.combine import Seed
 from moeforge.planners.merge import plan_merge
@@ -73,7 +74,7 @@ class Planner:
             raise type(self.failures[0])(*found, *self.findings)
         if self.findings or plan is None:
             raise PlanError(*self.findings)
-        return plan
+        return accounted(plan)
 
     def _plan(self, recipe: Recipe) -> Plan | None:
         self._draws = _Draws(getattr(recipe, "seed", 0) or 0)

@@ -22,7 +22,7 @@ from moeforge.planners.adapter_places import (
     token_embedding,
 )
 from moeforge.planners.adapter_settings import AGAIN, WITH_PEFT, Settings, problems
-from moeforge.planners.model import HEAD, Findings, Model, listing
+from moeforge.planners.model import HEAD, Findings, Model, listing, reads
 from moeforge.plans import Lora, Merge, PlannedTensor, Read
 from moeforge.sources import Source
 from moeforge.tensors import TensorSpec
@@ -67,7 +67,7 @@ def apply_adapter(model: Model, adapter: Source, findings: Findings, path: Path)
         donor=work.donor,
         tokenizer=model.tokenizer if work.donor is model.donor else None,
         sources={**model.sources, adapter.key: adapter},
-        left_out={k: why for k, why in model.left_out.items() if k not in work.tensors},
+        left_out={**model.left_out, **work.left_out},
     )
 
 
@@ -96,6 +96,7 @@ class _Application:
     pairs: dict[str, dict[str, str]] = field(default_factory=dict)
     stored: dict[str, str] = field(default_factory=dict)
     unused: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    left_out: dict[Read, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tensors = dict(self.model.tensors)
@@ -137,7 +138,9 @@ class _Application:
             whole = bare.replace(".base_layer.", ".")
             copied = _COPY.sub(".", name)
             if copied != name and copied in self.specs:
-                continue  # beside a resized vocabulary, peft stores these once more
+                # Beside a resized vocabulary, peft stores these once more.
+                self.left_out[Read(self.adapter.key, name)] = f"stored as {copied} too"
+                continue
             if not spec.dtype.mergeable:
                 self._unuse(name, f"tensors of dtype {spec.dtype}", WITH_PEFT)
             elif part:
@@ -212,7 +215,10 @@ class _Application:
             if not _equal(self.adapter, twin.name, tensor):
                 what = f"{twin.name} and {tensor} differ, but {self.model.label} ties them"
                 self.error(what, _OTHER)
+            self.left_out[Read(self.adapter.key, tensor)] = f"stored as {twin.name} too"
             return
+        why = f"adapter {self.adapter.key} replaces it"
+        self.left_out.update(dict.fromkeys(reads(planned), why))
         spec = TensorSpec(planned.spec.dtype, shape)
         self.tensors[target] = PlannedTensor(target, spec, Read(self.adapter.key, tensor))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import filecmp
+from collections.abc import Iterable
 
 from moeforge.errors import Path, SourceError
-from moeforge.planners.model import Findings, Model, differences, listing
+from moeforge.planners.model import HEAD, Findings, Model, differences, fact, listing, natural
 from moeforge.planners.vocab import tokens_of
 
 _MUST_AGREE = ("hidden_size", "num_hidden_layers", "hidden_act")
@@ -19,10 +20,15 @@ def fits(base: Model, expert: Model, findings: Findings, notes: Findings, path: 
     """
     if expert.label == base.label:
         return True
+    if base.tied and not expert.tied and HEAD in expert.tensors:
+        what = f"{expert.label} has an output head of its own, which is left out"
+        notes.error(f"{what}: {base.label} uses its embeddings as head", path=path)
     facts = differences(base, expert)
     for key in _MUST_AGREE:
         if key in facts:
             fix = "Every expert of one MoE needs the shape of the base: use fine-tunes of it."
+            if key == "num_hidden_layers":
+                fix += " Or give the expert by ranges of layers that cover those of the base."
             findings.error(facts[key], fix, path)
     if positions := [facts[key] for key in _POSITIONS if key in facts]:
         what = f"{'; '.join(positions)}: attention comes from the base"
@@ -38,7 +44,7 @@ def _compare_tokens(
     base: Model, expert: Model, sizes: str | None, notes: Findings, path: Path
 ) -> None:
     """Warn of tokens that only the expert has: a mixture has the base's embeddings."""
-    lost = _tokens_lost(base, expert)
+    lost = tokens_lost(base, expert)
     fix = (
         "A mixture has one embedding table, the base's, so these would be lost: give a base that "
         "has them if prompts use them."
@@ -52,16 +58,68 @@ def _compare_tokens(
         notes.error(f"{sizes}, with the same tokens: its further rows are unused", path=path)
 
 
-def _tokens_lost(base: Model, expert: Model) -> list[str] | None:
-    """Return the tokens of `expert` that `base` lacks, by id; None where that cannot be told."""
-    mine, theirs = base.donor.folder, expert.donor.folder
-    if base.tokenizer is None and expert.tokenizer is None and mine and theirs:
+def tokens_lost(base: Model, other: Model) -> list[str] | None:
+    """Return the tokens of `other` that `base` lacks, by id; None where that cannot be told."""
+    mine, theirs = base.donor.folder, other.donor.folder
+    if base.tokenizer is None and other.tokenizer is None and mine and theirs:
         files = (mine / "tokenizer.json", theirs / "tokenizer.json")
         # Equal files need no reading: they are large.
         if all(file.exists() for file in files) and filecmp.cmp(*files, shallow=False):
             return []
     try:
-        known, ids = tokens_of(base).ids, tokens_of(expert).ids
+        known, ids = tokens_of(base).ids, tokens_of(other).ids
     except SourceError:
         return None
     return sorted((token for token in ids if token not in known), key=lambda token: ids[token])
+
+
+def report_extra(
+    base: Model,
+    mine: Iterable[str],
+    expert: Model,
+    theirs: Iterable[str],
+    findings: Findings,
+    path: Path,
+) -> None:
+    """Report tensors of an expert that nothing in the base stands for, the head apart.
+
+    Args:
+        base: the base.
+        mine: names of its tensors, in the words of the family.
+        expert: a model that an expert comes from.
+        theirs: names of its tensors, in the same words.
+        findings: receives what is wrong.
+        path: where the expert stands in the recipe.
+    """
+    if extra := sorted(set(theirs) - set(mine) - {HEAD}, key=natural):
+        what = f"{expert.label} has {len(extra)} tensors that {base.label} lacks: {listing(extra)}"
+        fix = "No weight is dropped silently, and these have no place: use fine-tunes of the base."
+        findings.error(what, fix, path)
+
+
+def unlike(base: Model, other: Model, others: Iterable[Model] = ()) -> tuple[str, str]:
+    """Return what to say and do where `other` is of another family than `base`.
+
+    Args:
+        base: the model that the others must fit.
+        other: one that does not.
+        others: the rest of the recipe's models.
+    """
+
+    def known(model: Model) -> str:
+        sizes = (("hidden_size", "hidden"), ("num_attention_heads", "heads"))
+        facts = [(fact(model.config, key), word) for key, word in sizes]
+        said = ", ".join(f"{value} {word}" for value, word in facts if value is not None)
+        kind = str(model.config.get("model_type"))
+        article = "an" if kind[0] in "aeiou" else "a"
+        return f"{article} {kind} model" + (f" ({said})" if said else "")
+
+    kind = base.config.get("model_type")
+    fitting = dict.fromkeys(
+        model.label
+        for model in others
+        if model.config.get("model_type") == kind and model.label != base.label
+    )
+    what = f"{other.label} is {known(other)}, {base.label} {known(base)}"
+    fix = "Their layers compute differently: no setting makes one model of them."
+    return what, fix + (f" Of one family with {base.label}: {listing(fitting)}." if fitting else "")

@@ -9,12 +9,14 @@ from typing import Any
 from moeforge.configs import Config, n_layers, portable
 from moeforge.errors import Path
 from moeforge.planners.combine import Combiner, Seed, Slot, missing_tensors
+from moeforge.planners.fit import tokens_lost, unlike
 from moeforge.planners.model import (
     EMBEDDINGS,
     HEAD,
     Findings,
     Model,
     differences,
+    listing,
 )
 from moeforge.planners.vocab import Vocabulary, plan_vocabulary
 from moeforge.plans import PlannedTensor
@@ -40,10 +42,13 @@ class Around:
     used: set[Path] = field(default_factory=set)
 
 
-def untie(models: Sequence[Model]) -> list[Model]:
-    """Give tied models a head of their own where another input has one."""
+def untie(models: Sequence[Model], notes: Findings, path: Path) -> list[Model]:
+    """Give tied models a head of their own where another input has one, and note it."""
     if all(model.tied for model in models) or not any(model.tied for model in models):
         return list(models)
+    tied, own = ([m.label for m in models if m.tied is word] for word in (True, False))
+    what = f"{listing(own)} with, {listing(tied)} without an output head of its own"
+    notes.error(f"{what}: the output has one, and embeddings serve as the missing heads", path=path)
     return [
         replace(
             model,
@@ -91,6 +96,15 @@ def note_differences(donor: Model, others: Sequence[Model], notes: Findings, pat
         facts = ("model_type", "rope_theta", "rms_norm_eps", "hidden_act")
         for sentence in differences(donor, other, facts).values():
             notes.error(f"{sentence}; the result is configured as {donor.label}", path=path)
+
+
+def note_lost_tokens(donor: Model, others: Sequence[Model], notes: Findings, path: Path) -> None:
+    """Warn of tokens that the result will not have, where the recipe does not choose its tokens."""
+    for other in others:
+        if lost := tokens_lost(donor, other):
+            what = f"{other.label} has {len(lost)} tokens that {donor.label} lacks"
+            fix = "The result has the tokens of {}: write tokenizer: {{source: union}} for all."
+            notes.warn(f"{what}: {listing(lost, 5)}", fix.format(donor.label), path)
 
 
 def plan_merge(
@@ -149,6 +163,8 @@ def plan_merge(
     )
     if len(findings) > before:
         return None
+    if combiner.vocabulary is None:
+        note_lost_tokens(donor, [model for model in inputs if model is not donor], notes, path)
     label, scopes = f"{recipe.merge_method} merge", [scope, *around.scopes]
     return merged(label, combiner, donor, inputs, owns, scopes, base, findings)
 
@@ -162,6 +178,13 @@ def _check_fit(
     path: Path,
 ) -> None:
     """Report models that one config cannot hold for."""
+    before = len(findings)
+    for model, own in zip(inputs, owns, strict=True):
+        alike = model.config.get("model_type") == donor.config.get("model_type")
+        if not alike and set(model.tensors).isdisjoint(donor.tensors):
+            findings.error(*unlike(donor, model, inputs), own.path[:-1])
+    if len(findings) > before:
+        return
     note_differences(donor, [model for model in inputs if model is not donor], notes, path)
     depths = {model.label: n_layers(model.config) for model in inputs}
     if len(set(depths.values())) > 1:
@@ -193,7 +216,7 @@ def merged(
         base: index of the base among the inputs.
         findings: gets what is wrong.
     """
-    inputs = untie(models)
+    inputs = untie(models, combiner.notes, combiner.path)
     tensors = []
     for name in missing_tensors(inputs, findings, combiner.path):
         slots = [Slot(model, name, own) for model, own in zip(inputs, owns, strict=True)]
@@ -222,9 +245,5 @@ def assemble(
         {tensor.name: tensor for tensor in tensors},
         donor.donor,
         {key: source for model in inputs for key, source in model.sources.items()},
-        {
-            f"{model.label}: {name}": reason
-            for model in inputs
-            for name, reason in model.left_out.items()
-        },
+        {read: reason for model in inputs for read, reason in model.left_out.items()},
     )

@@ -88,7 +88,8 @@ def report_names(
     """Report what is not allowed, and what is needed and not there."""
     if extra := sorted(own - allowed, key=natural):
         what = f"{family.model_type} has no place for {len(extra)} tensors of {model.label}"
-        findings.error(f"{what}: {listing(extra)}", path=path)
+        fix = "No weight is dropped silently: use a model without them, or another architecture."
+        findings.error(f"{what}: {listing(extra)}", fix, path)
     if absent := sorted(needed - own, key=natural):
         what = f"{model.label} lacks {len(absent)} tensors: {listing(absent)}"
         findings.error(what, "Download or export it again.", path)

@@ -56,7 +56,7 @@ class Model:
         tensors: its tensors by name; an inline recipe's are expressions.
         donor: the source whose tokenizer it has.
         sources: every source that its expressions read.
-        left_out: tensors of its checkpoint that knowingly have no place, with the reason.
+        left_out: tensors of its checkpoints that knowingly have no place, with the reason.
         notes: what is worth knowing about how it is read.
         tokenizer: how its tokenizer differs from the donor's; None if it does not.
     """
@@ -66,7 +66,7 @@ class Model:
     tensors: Mapping[str, PlannedTensor]
     donor: Source
     sources: Mapping[str, Source]
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[Read, str] = field(default_factory=dict)
     notes: tuple[Finding, ...] = ()
     tokenizer: TokenizerChange | None = None
 
@@ -130,25 +130,26 @@ def from_source(source: Source) -> Model:
         SourceError: it is quantised in a way that cannot be undone.
     """
     tensors: dict[str, PlannedTensor] = {}
-    left_out: dict[str, str] = {}
+    left_out: dict[Read, str] = {}
     specs, config = source.specs(), source.config
     quantized.refuse_packed(source.key, specs)
     scales = quantized.find_scales(source.key, specs, config)
     plain, used = quantized.plain_dtype(config), set(scales.values())
     tied = config.get("tie_word_embeddings") is True and EMBEDDINGS in specs
     for name in sorted(specs, key=natural):
+        here = Read(source.key, name)
         if _RECOMPUTED.search(name):
-            left_out[name] = "recomputed by the model when it loads"
+            left_out[here] = "recomputed by the model when it loads"
         elif name == HEAD and tied:
-            left_out[name] = TIED
+            left_out[here] = TIED
         elif scales and quantized.is_activation_scale(name):
-            left_out[name] = quantized.ACTIVATION_SCALE
+            left_out[here] = quantized.ACTIVATION_SCALE
         elif name in scales:
-            codes, scale = Read(source.key, name), Read(source.key, scales[name])
+            scale = Read(source.key, scales[name])
             spec = TensorSpec(plain, specs[name].shape)
-            tensors[name] = PlannedTensor(name, spec, Dequantize(codes, scale))
+            tensors[name] = PlannedTensor(name, spec, Dequantize(here, scale))
         elif name not in used:
-            tensors[name] = PlannedTensor(name, specs[name], Read(source.key, name))
+            tensors[name] = PlannedTensor(name, specs[name], here)
     notes: tuple[Finding, ...] = ()
     if any(config.get(key) for key in quantized.KEYS) or scales:
         config = {key: value for key, value in config.items() if key not in quantized.KEYS}
@@ -188,21 +189,25 @@ def listing(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(every[:most]) + more
 
 
+def reads(tensor: PlannedTensor) -> Iterator[Read]:
+    """Yield every tensor that `tensor` is made of."""
+    return (part for part in walk(tensor.expr) if isinstance(part, Read))
+
+
 def unused(
     models: Iterable[Model], tensors: Iterable[PlannedTensor]
-) -> Iterator[tuple[Model, str]]:
-    """Yield every tensor of `models` that none of `tensors` is made of, with its model."""
-
-    def reads(tensor: PlannedTensor) -> set[Read]:
-        return {part for part in walk(tensor.expr) if isinstance(part, Read)}
-
-    taken = {part for tensor in tensors for part in reads(tensor)}
+) -> Iterator[tuple[Model, Read]]:
+    """Yield everything that `models` read and `tensors` do not, with the model."""
+    taken = {read for tensor in tensors for read in reads(tensor)}
     for model in models:
-        for name, tensor in model.tensors.items():
-            if taken.isdisjoint(reads(tensor)):
-                yield model, name
+        for tensor in model.tensors.values():
+            yield from ((model, read) for read in reads(tensor) if read not in taken)
 
 
+_COUNTED = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
+    "max_position_embeddings",
+)
 _FACTS = {
     "model_type": "model_type",
     "hidden_size": "hidden_size",
@@ -241,7 +246,9 @@ def differences(one: Model, other: Model, keys: Iterable[str] = _FACTS) -> dict[
     for key in keys:
         mine, theirs = fact(one.config, key), fact(other.config, key)
         if mine is not None and theirs is not None and mine != theirs:
-            result[key] = f"{other.label} has {_FACTS[key]} {theirs}, {one.label} has {mine}"
+            word = _FACTS[key]
+            said = f"{theirs} {word}" if key in _COUNTED else f"{word} {theirs}"
+            result[key] = f"{other.label} has {said}, {one.label} has {mine}"
     return result
 
 

@@ -11,10 +11,10 @@ from moeforge.configs import Config
 from moeforge.errors import Path, nearest
 from moeforge.planners.combine import Combiner, Seed
 from moeforge.planners.merge import Around, Resolve, assemble, finish_config, plan_merge
-from moeforge.planners.model import Findings, Model
+from moeforge.planners.model import Findings, Model, unused
 from moeforge.planners.stack import plan_stack
 from moeforge.planners.vocab import Vocabulary, plan_vocabulary
-from moeforge.plans import PlannedTensor
+from moeforge.plans import PlannedTensor, Read
 from moeforge.recipe import MergeRecipe, Module, ModulesRecipe, StackRecipe
 from moeforge.recipe.parameters import Scope
 from moeforge.tensors import BY_NAME, TensorSpec
@@ -227,7 +227,7 @@ def _together(
     """Return the whole model: modules as they were made, and the donor's where they were not."""
     config = vocabulary.config(donor.config) if vocabulary else donor.config
     tensors: list[PlannedTensor] = []
-    left_out: dict[str, str] = {}
+    left_out: dict[Read, str] = {}
     dtype = recipe.out_dtype or recipe.dtype
     for name in known:
         if name in made:
@@ -244,4 +244,7 @@ def _together(
             tensors.append(replace(tensor, spec=TensorSpec(wanted, tensor.spec.shape)))
     whole = assemble("merge of modules", finish_config(config, tensors), tensors, donor, inputs)
     change = vocabulary.change if vocabulary else donor.tokenizer
-    return replace(whole, tokenizer=change, left_out={**whole.left_out, **left_out})
+    others = ", ".join(module for module in known if module not in made)
+    elsewhere = {read: f"{others} comes from {donor.label}" for _, read in unused(inputs, tensors)}
+    left_out = {**elsewhere, **left_out, **whole.left_out}
+    return replace(whole, tokenizer=change, left_out=left_out)

@@ -11,7 +11,7 @@ from moeforge.dense import hidden_size, mlp_width
 from moeforge.errors import Path
 from moeforge.families import Family, Mixture
 from moeforge.planners import remote
-from moeforge.planners.fit import fits
+from moeforge.planners.fit import fits, report_extra, unlike
 from moeforge.planners.homes import Home, choose, in_words_of
 from moeforge.planners.mixture import DOWN, Assembly, Views, check_base, check_expert
 from moeforge.planners.model import Findings, Model
@@ -79,10 +79,12 @@ def _plan_native(
             kind = str(model.config.get("model_type"))
             if kind in family.accepts:
                 check_expert(model, served, family, views, findings, expert.path)
+                mine, theirs = views(parts.base), views(model)
+                outside = (name for name in theirs if ".mlp." not in name)
+                report_extra(parts.base, mine, model, outside, findings, expert.path)
                 continue
-            takes = ", ".join(sorted(family.accepts))
-            what = f"{model.label} is a {kind} model; {family.model_type} takes {takes}"
-            findings.error(what, "Use fine-tunes of the base.", expert.path)
+            others = [each for e in (*parts.experts, *parts.shared) for each in e.distinct]
+            findings.error(*unlike(parts.base, model, others), expert.path)
     if len(findings) > before:
         return None
     dense = in_words_of(family, parts.base.config)

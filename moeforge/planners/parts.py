@@ -16,6 +16,7 @@ from moeforge.plans import (
     Expr,
     Fill,
     PlannedTensor,
+    Read,
     pieces,
 )
 from moeforge.recipe import Expert, MoeRecipe
@@ -109,16 +110,15 @@ class Parts:
         """Return every source that the inputs read, by key."""
         return {key: source for model in self.inputs() for key, source in model.sources.items()}
 
-    def left_out(self, tensors: Sequence[PlannedTensor]) -> dict[str, str]:
+    def left_out(self, tensors: Sequence[PlannedTensor]) -> dict[Read, str]:
         """List what the inputs have and the mixture knowingly does not use."""
-        base = self.base
-        left = {
-            f"{model.label}: {name}": "the experts' MLPs take its place"
-            if model is base
-            else "comes from the base"
-            for model, name in unused(self.inputs(), tensors)
-        }
-        left.update((f"{base.label}: {name}", why) for name, why in base.left_out.items())
+        left: dict[Read, str] = {}
+        for model, read in unused(self.inputs(), tensors):
+            replaced = model is self.base
+            why = "the experts' MLPs take its place" if replaced else "comes from the base"
+            left.setdefault(read, why)
+        for model in self.inputs():
+            left.update(model.left_out)
         return left
 
 

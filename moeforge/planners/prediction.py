@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from moeforge.configs import Config, n_layers
-from moeforge.planners.model import Model, towers
+from moeforge.planners.model import Model, reads, towers
 
+WHY = "predicts tokens after the next one, for another model"
 KEY = "num_nextn_predict_layers"
 
 
@@ -24,14 +25,14 @@ def without_prediction(model: Model) -> Model:
     if len(stems) != 1:
         return model
     beyond = tuple(f"{stems[0]}{depth + i}." for i in range(more))
-    gone = [name for name in model.tensors if name.startswith(beyond)]
+    gone = [tensor for name, tensor in model.tensors.items() if name.startswith(beyond)]
     return replace(
         model,
         config={**_cut(model.config, depth, depth + more), KEY: 0},
         tensors={name: t for name, t in model.tensors.items() if not name.startswith(beyond)},
         left_out={
             **model.left_out,
-            **dict.fromkeys(gone, "predicts tokens after the next one, for another model"),
+            **{read: WHY for tensor in gone for read in reads(tensor)},
         },
     )
 

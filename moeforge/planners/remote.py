@@ -8,6 +8,7 @@ from moeforge.configs import Config, portable
 from moeforge.dense import anatomy, hidden_size
 from moeforge.errors import Path
 from moeforge.families import Mixture, _remote
+from moeforge.planners.fit import unlike
 from moeforge.planners.model import Findings
 from moeforge.planners.parts import Parts
 from moeforge.planners.remote_mlps import Mlps
@@ -20,6 +21,7 @@ TRUST = (
     f"the output comes with program text of its own, {_remote.FILE}: transformers loads it with "
     "trust_remote_code=True only, and other engines do not know it"
 )
+UNLOADED = "transformers does not load it: the model makes it anew, or has no use for it"
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -51,9 +53,9 @@ def plan(parts: Parts, findings: Findings, notes: Findings, path: Path) -> Plan 
     before, kind = len(findings), parts.base.config["model_type"]
     for expert in (*parts.experts, *parts.shared):
         for model in expert.distinct:
-            if (theirs := model.config.get("model_type")) != kind:
-                what = f"{model.label} is a {theirs} model, the base a {kind} model"
-                findings.error(what, "Use fine-tunes of the base.", expert.path)
+            if model.config.get("model_type") != kind:
+                others = [each for e in (*parts.experts, *parts.shared) for each in e.distinct]
+                findings.error(*unlike(parts.base, model, others), expert.path)
     if len(findings) > before:
         return None
     mlps = Mlps(parts, findings, path)
@@ -97,7 +99,7 @@ def _assemble(parts: Parts, mlps: Mlps, notes: Findings) -> Plan:
         parts.base.donor,
         parts.experts_of(REMOTE, routers, parameters),
         parts.base.tokenizer,
-        parts.left_out(tensors),
+        {**parts.left_out(tensors), **dict.fromkeys(mlps.unloaded, UNLOADED)},
         tuple(notes),
         {_remote.FILE: text},
     )

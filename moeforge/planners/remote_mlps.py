@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from moeforge.dense import WIDTHS, anatomy, hidden_size
 from moeforge.errors import Path
 from moeforge.families import _remote
-from moeforge.planners.model import Findings, Model, listing
+from moeforge.planners.fit import report_extra
+from moeforge.planners.model import Findings, Model, listing, reads
 from moeforge.planners.parts import ExpertParts, Parts, Piece, joined, scaled
 from moeforge.plans import Columns, Fill, PlannedTensor, Rows, pieces
 from moeforge.tensors import DType, TensorSpec
@@ -27,6 +28,7 @@ class Mlps:
 
     Attributes:
         base: all tensors of the base by the names of its modules.
+        unloaded: what the base's checkpoint has besides.
         resized: keys of the config that say another width than the base's, where one is needed.
     """
 
@@ -36,10 +38,15 @@ class Mlps:
         self._inline = _remote.REMOTE[str(parts.base.config["model_type"])].inline
         self._hidden = hidden_size(parts.base.config) or 0
         self.base = _remote.named_as_modules(parts.base.config, parts.base.tensors)
+        loaded = {read for tensor in self.base.values() for read in reads(tensor)}
+        self.unloaded = {read for tensor in parts.base.tensors.values() for read in reads(tensor)}
+        self.unloaded -= loaded
         self._found = {parts.base.label: self._mlps(self.base)}
-        for model in parts.inputs()[1:]:
-            renamed = _remote.named_as_modules(model.config, model.tensors)
-            self._found[model.label] = self._mlps(renamed)
+        for expert in (*parts.experts, *parts.shared):
+            for model in expert.distinct:
+                renamed = _remote.named_as_modules(model.config, model.tensors)
+                report_extra(parts.base, self.base, model, renamed, findings, expert.path)
+                self._found[model.label] = self._mlps(renamed)
         self.resized: dict[str, int] = {}
         self._width = 0
         if self._names_fit(findings, path):

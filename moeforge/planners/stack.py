@@ -8,6 +8,7 @@ from typing import Any
 
 from moeforge.errors import Path
 from moeforge.planners.combine import Combiner, Seed, Slot
+from moeforge.planners.fit import unlike
 from moeforge.planners.layer_keys import LayerFieldError, Origin
 from moeforge.planners.layer_proof import proven
 from moeforge.planners.merge import (
@@ -16,6 +17,7 @@ from moeforge.planners.merge import (
     assemble,
     finish_config,
     note_differences,
+    note_lost_tokens,
     same_shape,
     untie,
 )
@@ -167,7 +169,12 @@ def plan_stack(
         return None
     others = {model.label: model for model in inputs if model is not donor}
     note_differences(donor, list(others.values()), notes, path)
-    by_label = {m.label: m for m in untie(list({m.label: m for m in (donor, *inputs)}.values()))}
+    if combiner.vocabulary is None:
+        note_lost_tokens(donor, list(others.values()), notes, path)
+    by_label = {
+        m.label: m
+        for m in untie(list({m.label: m for m in (donor, *inputs)}.values()), notes, path)
+    }
     parts = [replace(part, models=[by_label[m.label] for m in part.models]) for part in parts]
     donor = by_label[donor.label]
     stacker = _Stacker(combiner, [scope, *around.scopes], findings)
@@ -187,10 +194,9 @@ def plan_stack(
         notes.error(sentence, path=path)
     config = finish_config(config, tensors)
     stacked = assemble("stack", config, tensors, donor, [donor, *inputs])
-    left = unused(by_label.values(), tensors)
-    in_no_slice = {f"{model.label}: {name}": "in no slice" for model, name in left}
+    in_no_slice = {read: "in no slice" for _, read in unused(by_label.values(), tensors)}
     change = vocabulary.change if vocabulary else donor.tokenizer
-    return replace(stacked, tokenizer=change, left_out={**stacked.left_out, **in_no_slice})
+    return replace(stacked, tokenizer=change, left_out={**in_no_slice, **stacked.left_out})
 
 
 def _entries(
@@ -234,8 +240,8 @@ def _check_sizes(
             if mine == theirs:
                 same_shape(donor, model, findings, here)
                 continue
-            what = f"{model.label} is a {theirs} model, {donor.label} a {mine} model"
-            findings.error(what, "Stack models of one family.", here)
+            others = [each for part in parts for each in part.models]
+            findings.error(*unlike(donor, model, others), here)
 
 
 class _Stacker:
