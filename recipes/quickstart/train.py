@@ -9,6 +9,9 @@ The text is taken from this machine by ``corpus.py`` (nothing is downloaded): Py
 headers of the running CPython and of OpenSSL, German and French manual pages of Debian's
 ``manpages-de`` and ``manpages-fr``. Their licences are in PROVENANCE.md.
 
+``python train.py --out DIR --seed 1 --train all`` makes another set elsewhere: other weights and
+windows from the start, of the same texts, and fine-tunes that change every parameter.
+
 Needs: torch, transformers, tokenizers, safetensors; on Debian also
 ``apt-get install libssl-dev man-db groff-base manpages-de manpages-fr``.
 Takes about twenty minutes on two CPU cores.
@@ -37,8 +40,8 @@ HERE = Path(__file__).resolve().parent
 WINDOW = 256  # tokens per sequence, the BOS token included
 BATCH = 16
 BASE_STEPS, BASE_LR = 2500, 3e-3
-TUNE_STEPS, TUNE_LR = 500, 1.5e-3
-TUNED = ".mlp."  # the fine-tunes change the parameters with this in their name
+TUNE_STEPS, TUNE_LR = 500, {"mlp": 1.5e-3, "all": 1e-3}
+TUNED = {"mlp": ".mlp.", "all": ""}  # fine-tunes change the parameters with this in their name
 BOS, EOS = 0, 1
 
 CONFIG: dict[str, Any] = {
@@ -133,9 +136,11 @@ def load_model(folder: Path) -> LlamaForCausalLM:
     return model.eval()
 
 
-def fit(model: LlamaForCausalLM, data: list[torch.Tensor], steps: int, lr: float, name: str) -> int:
+def fit(
+    model: LlamaForCausalLM, data: list[torch.Tensor], steps: int, lr: float, seed: int, name: str
+) -> int:
     """Train on random windows, each domain equally often; returns the seconds it took."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = [p for p in trained if p.dim() > 1]
     rest = [p for p in trained if p.dim() <= 1]
@@ -183,15 +188,17 @@ def heldout_loss(model: LlamaForCausalLM, ids: list[int]) -> float:
     return total / count
 
 
-def tune(domain: str, stream: torch.Tensor, out: Path) -> int:
+def tune(domain: str, stream: torch.Tensor, given: argparse.Namespace) -> int:
     """Fine-tune the base on one domain, on one core."""
     torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    model = load_model(out / "base")
+    torch.manual_seed(given.seed)
+    base = given.out / "base"
+    model = load_model(base)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(TUNED in name)
-    seconds = fit(model, [stream], TUNE_STEPS, TUNE_LR, domain)
-    save_model(model, Tokenizer.from_file(str(out / "base" / "tokenizer.json")), out / domain)
+        parameter.requires_grad_(TUNED[given.train] in name)
+    rate = TUNE_LR[given.train]
+    seconds = fit(model, [stream], given.tune_steps, rate, given.seed, domain)
+    save_model(model, Tokenizer.from_file(str(base / "tokenizer.json")), given.out / domain)
     return seconds
 
 
@@ -200,8 +207,13 @@ def main() -> None:
     """Rebuild everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write (default: here)")
-    out: Path = parser.parse_args().out
-    torch.manual_seed(SEED)
+    parser.add_argument("--seed", type=int, default=SEED, help="of weights and windows, not texts")
+    parser.add_argument("--train", choices=TUNED, default="mlp", help="what fine-tunes change")
+    parser.add_argument("--base-steps", type=int, default=BASE_STEPS)
+    parser.add_argument("--tune-steps", type=int, default=TUNE_STEPS)
+    given = parser.parse_args()
+    out: Path = given.out
+    torch.manual_seed(given.seed)
     torch.set_num_threads(2)
     for folder in ("prompts", "heldout"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -220,10 +232,12 @@ def main() -> None:
 
     seconds = {}
     base = new_model()
-    seconds["base"] = fit(base, list(streams.values()), BASE_STEPS, BASE_LR, "base")
+    seconds["base"] = fit(
+        base, list(streams.values()), given.base_steps, BASE_LR, given.seed, "base"
+    )
     save_model(base, tokenizer, out / "base")
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        jobs = {domain: pool.submit(tune, domain, streams[domain], out) for domain in DOMAINS}
+        jobs = {domain: pool.submit(tune, domain, streams[domain], given) for domain in DOMAINS}
         seconds |= {domain: job.result() for domain, job in jobs.items()}
     report(out, tokenizer, corpus, streams, seconds)
 
