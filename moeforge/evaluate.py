@@ -59,8 +59,11 @@ def evaluate_result(
     work: Path,
     texts: Mapping[str, Path],
     progress: Callable[[str, int, int], None],
-) -> HeldOut:
+) -> tuple[HeldOut, nn.Module]:
     """Measure the result in folder `work`, and what it was made of, on held-out `texts`.
+
+    Returns:
+        What was measured, and the result, which is in memory in float32.
 
     Raises:
         BuildError: a text is too short, or transformers does not load the result cleanly.
@@ -85,6 +88,6 @@ def evaluate_result(
     )
     progress("held-out text", len(models), len(models))
     if not plan.experts:
-        return report
+        return report, result[0]
     shares = {domain: routing(result[0], ids) for domain, ids in windows.items()}
-    return replace(report, experts=plan.experts.labels, routing=shares)
+    return replace(report, experts=plan.experts.labels, routing=shares), result[0]

@@ -11,24 +11,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeforge import engine, targets, tuning
+from moeforge import build_report, engine, targets, tuning
 from moeforge.engine import Settings
 from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
-from moeforge.output import card, folder
+from moeforge.output import folder
 from moeforge.output.layout import DEFAULT_SHARD_SIZE, index, lay_out
 from moeforge.plans import ROUTERS, Plan
-from moeforge.prepare import Prepared, prepare
+from moeforge.prepare import prepare
 from moeforge.prompting import with_selection
 from moeforge.routers import compute_routers
 
 if TYPE_CHECKING:
     from moeforge.gates import LayerFit
     from moeforge.proof.heldout import HeldOut
+    from moeforge.proof.route_report import RouteReport
 
 RecipeLike = str | Path | dict[str, Any]
 Progress = Callable[[str, int, int], None]
-"""Called with the phase ("routers", "tensors", "teachers", "router training", "held-out text"),
-what is done of it, and all of it; tensors are counted in bytes."""
+"""Called with the phase ("routers", "tensors", "teachers", "router training", "held-out text",
+"routing"), what is done of it, and all of it; tensors are counted in bytes."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Result:
         heldout: losses and routing on held-out text, if the recipe asks for them.
         fits: what the fit of each router found out, where gates were fitted.
         tuned: what training the routers came to, if the recipe asks for it.
+        routing: where a mixture sends its tokens; see `build_report.Measured`.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Result:
     heldout: HeldOut | None
     fits: tuple[LayerFit, ...] = ()
     tuned: tuning.Tuned | None = None
+    routing: RouteReport | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def build(
         overwrite: replace an existing model folder.
         offline: use only what is in the local Hub cache.
         progress: told what is done.
-        note: told what is worth knowing, before work starts.
+        note: told what is worth knowing: before work starts, and of the finished result.
 
     Raises:
         MoeforgeError: with everything that is wrong; nothing was published.
@@ -162,13 +165,11 @@ def build(
             progress=lambda step: progress("router training", step.number, step.steps),
             teaching=lambda done, total: progress("teachers", done, total),
         )
-        heldout = _evaluate(prepared, plan, work, progress)
-        tables = heldout.tables() if heldout else []
-        text = card.render(plan, card.Card(target.name, prepared.loaded.document.text, tables))
-        (work / "README.md").write_text(text, encoding="utf-8")
-        if tuned:
-            tuning.tell_card(work / "README.md", tuned)
-    return Result(target, plan, time.perf_counter() - began, heldout, fits, tuned)
+        found = build_report.measure_and_tell(
+            prepared, plan, work, target.name, tuned, progress, note
+        )
+    seconds = time.perf_counter() - began
+    return Result(target, plan, seconds, found.heldout, fits, tuned, found.routing)
 
 
 def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
@@ -183,13 +184,3 @@ def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
         allowed = f"--memory allows {settings.memory / 1e6:.0f} MB"
         what = f"this build needs about {peak / 1e6:.0f} MB, {allowed}"
         raise BuildError(Finding(what, "Allow more, or use fewer --threads."))
-
-
-def _evaluate(prepared: Prepared, plan: Plan, work: Path, progress: Progress) -> HeldOut | None:
-    recipe = prepared.loaded.recipe
-    if not recipe.evaluate:
-        return None
-    from moeforge.evaluate import evaluate_result
-
-    texts = {label: prepared.loaded.find(text) for label, text in recipe.evaluate.items()}
-    return evaluate_result(prepared.planner, recipe, plan, work, texts, progress)

@@ -83,6 +83,10 @@ def _result_json(result: Result) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "seconds": round(result.seconds, 3),
     }
+    if result.fits and plan.experts:
+        from moeforge.fit_tables import fits_json
+
+        data["fits"] = fits_json(result.fits, plan.experts)
     if result.tuned:
         from moeforge.tuning.tables import tuned_json
 
@@ -95,6 +99,10 @@ def _result_json(result: Result) -> dict[str, Any]:
             "experts": heldout.experts,
             "routing": heldout.routing,
         }
+    if result.routing:
+        from moeforge.proof.route_tables import as_data
+
+        data["routing"] = as_data(result.routing)
     return data
 
 
@@ -117,6 +125,10 @@ def _show_result(result: Result, *, verbose: bool) -> None:
     if verbose:
         copied = f"{show_size(plan.bytes_copied)} copied as they are"
         console.print(f"{len(plan.tensors)} tensors, {show_size(plan.bytes_read)} read, {copied}")
+    if verbose and result.fits and plan.experts:
+        from moeforge.fit_tables import fits_table
+
+        console.print(fits_table(result.fits, plan.experts))
     if result.tuned:
         from moeforge.tuning.tables import tuned_table
 
@@ -125,6 +137,12 @@ def _show_result(result: Result, *, verbose: bool) -> None:
         from moeforge.tables import heldout_tables
 
         for part in heldout_tables(result.heldout):
+            console.print(part)
+    if result.routing:
+        from moeforge.proof.route_summary import as_parts
+        from moeforge.proof.route_tables import as_tables
+
+        for part in as_tables(result.routing) if verbose else as_parts(result.routing):
             console.print(part)
 
 

@@ -19,6 +19,8 @@ _CODE = (
     "not know it."
 )
 
+_ROUTING = "## Where tokens go"
+
 
 @dataclass(frozen=True)
 class Card:
@@ -28,11 +30,13 @@ class Card:
         name: name of the model.
         recipe: the recipe as given.
         tables: Markdown tables of what was measured; may be empty.
+        routing: where a mixture sends its tokens, in Markdown; may be empty.
     """
 
     name: str
     recipe: str
     tables: Sequence[str] = ()
+    routing: str = ""
 
 
 def _hub_id(source: Source) -> str | None:
@@ -132,6 +136,8 @@ def render(plan: Plan, card: Card) -> str:
     ]
     if card.tables:
         parts += ["## Measured on held-out text", *card.tables]
+    if card.routing:
+        parts += [_ROUTING, card.routing]
     trust = ", trust_remote_code=True" if plan.code else ""
     parts += [
         "## How to load",

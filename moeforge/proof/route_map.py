@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +30,35 @@ def draw(report: RouteReport, path: Path) -> None:
     """Write the heat map as a PNG to `path`.
 
     Colour is the share of router weight that an expert gets in a layer; all panels have the same
-    scale, from zero to the largest share.
+    scale, from zero to the largest share. The same report gives the same bytes, whatever the
+    user's settings of matplotlib.
 
     Raises:
         OSError: the file cannot be written.
     """
+    with _plain():
+        _draw(report, path)
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Use matplotlib as it comes, and keep to itself what it says of fonts and caches."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import matplotlib
+
+        with matplotlib.rc_context(), warnings.catch_warnings():
+            # A sign that the font lacks is drawn as a box.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            matplotlib.rcdefaults()
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _draw(report: RouteReport, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

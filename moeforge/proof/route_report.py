@@ -6,7 +6,7 @@ Knows numbers only; knows nothing of models, files or how the numbers are shown.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -113,6 +113,22 @@ class RouteReport:
         """Return the share of each expert if all had the same."""
         return 1 / len(self.experts)
 
+    def alike(self) -> RouteReport:
+        """Return the same as if every domain had as many tokens, so that each counts the same."""
+        import numpy as np
+
+        counts = np.array([domain.tokens for domain in self.domains], dtype=np.float64)
+        factor_D = self.tokens / len(counts) / counts
+        factor_DE = factor_D[:, None]
+        return replace(
+            self,
+            choices_LDE=self.choices_LDE * factor_DE,
+            weights_LDE=self.weights_LDE * factor_DE,
+            firsts_LDE=self.firsts_LDE * factor_DE,
+            confidence_LD=self.confidence_LD * factor_D,
+            entropy_LD=self.entropy_LD * factor_D,
+        )
+
     def load_LE(self) -> Floats:
         """Return each expert's share of all choices in its layer."""
         return _shares(self.choices_LDE.sum(1))
@@ -140,13 +156,7 @@ class RouteReport:
         """Experts that are right for each domain, by layer; empty where a domain has none."""
         if self.mapping != "best":
             return tuple(tuple(d.experts for d in self.domains) for _ in self.layers)
-        return tuple(_assigned(accuracy_DE) for accuracy_DE in self._first_share_LDE())
-
-    def _first_share_LDE(self) -> Floats:
-        import numpy as np
-
-        counts = [domain.tokens for domain in self.domains]
-        return self.firsts_LDE / np.array(counts, dtype=np.float64)[None, :, None]
+        return tuple(_assigned(accuracy_DE) for accuracy_DE in _shares(self.firsts_LDE))
 
     def accuracy_LD(self) -> Floats:
         """Return the share of tokens whose first choice is right for their domain.
@@ -155,7 +165,7 @@ class RouteReport:
         """
         import numpy as np
 
-        shares = self._first_share_LDE()
+        shares = _shares(self.firsts_LDE)
         return np.array(
             [
                 [

@@ -1,0 +1,186 @@
+"""Owns what a build finds out about its result: held-out losses, routing, and the card that tells.
+
+Nothing here changes a tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeforge import tuning
+from moeforge.errors import Finding
+from moeforge.output import card
+from moeforge.plans import Plan
+from moeforge.prepare import Prepared
+from moeforge.recipe import MoeRecipe, Prompt
+from moeforge.tables import short_labels
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moeforge.proof.heldout import HeldOut
+    from moeforge.proof.route import Domain
+    from moeforge.proof.route_report import RouteReport
+
+Progress = Callable[[str, int, int], None]
+
+PICTURE = "routing.png"
+"""Name of the heat map in the output folder."""
+_PIECE = 1000
+"""Characters of held-out text that run as one prompt."""
+_PIECES = 20
+"""Such pieces at most: more tokens than are looked at, whatever the tokenizer."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about a result.
+
+    Attributes:
+        heldout: losses on held-out text, if the recipe asks for them.
+        routing: where a mixture sends the prompts that its routers were made from, or held-out
+            text; None where there is no text to send, or no memory for the result.
+    """
+
+    heldout: HeldOut | None
+    routing: RouteReport | None
+
+
+def measure_and_tell(
+    prepared: Prepared,
+    plan: Plan,
+    work: Path,
+    name: str,
+    tuned: tuning.Tuned | None,
+    progress: Progress,
+    note: Callable[[Finding], None],
+) -> Measured:
+    """Measure the finished result in folder `work`, and write its card and heat map there.
+
+    Args:
+        prepared: the recipe, with the prompts that were used.
+        plan: how the result was made.
+        work: its folder, which nobody else sees yet.
+        name: of the model.
+        tuned: what training the routers came to, if they were.
+        progress: told what is done.
+        note: told what its routing gives cause for.
+
+    Raises:
+        BuildError: a held-out text is too short, or the result cannot be run.
+    """
+    heldout, model = _heldout(prepared, plan, work, progress)
+    routing = _routing(prepared, plan, work, name, model, progress, note)
+    shown = ""
+    if routing:
+        from moeforge.proof.route_map import draw
+        from moeforge.proof.route_summary import as_markdown
+
+        draw(routing, work / PICTURE)
+        shown = as_markdown(routing, PICTURE)
+    recipe, tables = prepared.loaded.document.text, heldout.tables() if heldout else []
+    text = card.render(plan, card.Card(name, recipe, tables, shown))
+    (work / "README.md").write_text(text, encoding="utf-8")
+    if tuned:
+        tuning.tell_card(work / "README.md", tuned)
+    return Measured(heldout, routing)
+
+
+def _heldout(
+    prepared: Prepared, plan: Plan, work: Path, progress: Progress
+) -> tuple[HeldOut | None, nn.Module | None]:
+    """Return what the recipe wants to be measured, and the result where it is in memory then."""
+    recipe = prepared.loaded.recipe
+    if not recipe.evaluate:
+        return None, None
+    from moeforge.evaluate import evaluate_result
+
+    texts = {label: prepared.loaded.find(text) for label, text in recipe.evaluate.items()}
+    return evaluate_result(prepared.planner, recipe, plan, work, texts, progress)
+
+
+def _routing(
+    prepared: Prepared,
+    plan: Plan,
+    work: Path,
+    name: str,
+    model: nn.Module | None,
+    progress: Progress,
+    note: Callable[[Finding], None],
+) -> RouteReport | None:
+    recipe = prepared.loaded.recipe
+    if not isinstance(recipe, MoeRecipe) or len(recipe.experts) < 2:
+        return None  # a single expert gets everything
+    assert plan.experts is not None
+    labels = _distinct(short_labels(plan.experts.labels))
+    domains = _domains(prepared, recipe, labels)
+    if not domains:
+        return None
+    from moeforge.proof.route_summary import warnings
+    from moeforge.proof.routing_of import short
+
+    def told(done: int, total: int) -> None:
+        progress("routing", done, total)
+
+    found = short(work, domains, labels, name=name, model=model, progress=told)
+    if isinstance(found, Finding):
+        note(found)
+        return None
+    found = found.alike()
+    for finding in warnings(found, fitted=recipe.gate_mode == "fitted"):
+        note(finding)
+    return found
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """Return labels that all differ: a model that is several experts gets its numbers."""
+    counts = Counter(labels)
+    return [
+        label if counts[label] == 1 else f"{label} ({number})"
+        for number, label in enumerate(labels)
+    ]
+
+
+def _domains(prepared: Prepared, recipe: MoeRecipe, labels: Sequence[str]) -> list[Domain]:
+    """Return the texts that the routers were made from, by expert; else the held-out texts."""
+    from moeforge.proof.route import Domain
+
+    used = [(whose, text) for whose, negative, text in prepared.prompts if not negative]
+    if not used and recipe.tune:  # the gates read none, but training does
+        used = [
+            (number, text)
+            for number, expert in enumerate(recipe.experts)
+            for text in prepared.loaded.expert_prompts(expert)
+        ]
+    # Behind the experts are shared ones, which no router chooses; -1 are texts without an owner.
+    by_expert = {number: [t for n, t in used if n == number] for number in range(-1, len(labels))}
+    found = [
+        Domain(labels[number], tuple(texts), (number,)) if number >= 0 else _loose(recipe, texts)
+        for number, texts in by_expert.items()
+        if texts
+    ]
+    if found:
+        return found
+    return [
+        Domain(label, tuple(_pieces(prepared.loaded.find(text))))
+        for label, text in recipe.evaluate.items()
+    ]
+
+
+def _loose(recipe: MoeRecipe, texts: Sequence[Prompt]) -> Domain:
+    from moeforge.proof.route import Domain
+
+    return Domain(Path(recipe.gate_parameters.data or "data").stem, tuple(texts))
+
+
+def _pieces(path: Path) -> Iterator[Prompt]:
+    """Yield the beginning of a held-out text in pieces."""
+    from moeforge.proof.heldout import read_text
+
+    text = read_text(path)[: _PIECE * _PIECES]
+    for start in range(0, len(text), _PIECE):
+        yield Prompt(text=text[start : start + _PIECE])
