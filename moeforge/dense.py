@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeforge.configs import Config
+from moeforge.configs import Config, n_layers
 
 EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -347,12 +347,20 @@ _COMMON: Config = {
 
 
 def complete(config: Config) -> Config:
-    """Return `config` with the defaults of its dense type written out."""
+    """Return `config` with the defaults of its dense type written out.
+
+    Raises:
+        ValueError: it does not say how wide and deep the model is, or how many heads it has.
+    """
     own = DEFAULTS.get(str(config.get("model_type")), {})
     full = {**_COMMON, **own, **config}
     if "rope_parameters" in own and not config.get("rope_parameters"):
         # `rope_scaling` is the older name of the same.
         full["rope_parameters"] = None if config.get("rope_scaling") else own["rope_parameters"]
+    sizes = ("hidden_size", "num_attention_heads")
+    absent = [key for key in sizes if not isinstance(full.get(key), int) or not full[key]]
+    if absent := absent + ([] if n_layers(full) else ["num_hidden_layers"]):
+        raise ValueError(f"config.json does not say {', '.join(absent)}")
     heads = full["num_attention_heads"]
     full["num_key_value_heads"] = full.get("num_key_value_heads") or heads
     full["head_dim"] = full.get("head_dim") or full["hidden_size"] // heads

@@ -36,6 +36,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f' — did you mean "{found}"?' if found else ""
 
 
+def visible(text: str) -> str:
+    """Return `text` with escapes for all that would act on a terminal instead of being seen.
+
+    Names of tensors, tokens and files come from strangers.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong or worth knowing.
@@ -59,7 +69,7 @@ class Finding:
         places += [show_path(self.path)] if self.path else []
         where = f"{', '.join(places)}: " if places else ""
         fix = f"\n    {self.fix}" if self.fix else ""
-        return f"{where}{self.what}{fix}"
+        return visible(f"{where}{self.what}{fix}")
 
 
 class MoeforgeError(Exception):

@@ -13,7 +13,17 @@ ROOT = Path(moeforge.__file__).parent
 
 FLOORS = [
     {"errors", "version"},
-    {"tensors", "catalog", "configs", "dense", "vocabulary", "workers", "finite", "hashes"},
+    {
+        "tensors",
+        "catalog",
+        "configs",
+        "dense",
+        "vocabulary",
+        "workers",
+        "texts",
+        "finite",
+        "hashes",
+    },
     {"recipe", "plans", "sources", "forward", "module_weights", "routing"},
     {"methods", "families", "gates"},
     {"planners", "engine", "output", "proof", "targets"},
@@ -36,6 +46,7 @@ FLOORS = [
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {
     ("configs", "dense"),
+    ("texts", "vocabulary"),
     ("tensors", "finite"),
     ("module_weights", "forward"),
     ("sources", "plans"),

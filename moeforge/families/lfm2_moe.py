@@ -28,8 +28,8 @@ def words(dense: Config) -> Config:
 
     The dense model takes two thirds of the width that its config says, rounded up to blocks.
     """
-    width = dense.get("block_ff_dim") or dense["intermediate_size"]
-    if dense.get("block_auto_adjust_ff_dim", True):
+    width = dense.get("block_ff_dim") or dense.get("intermediate_size")
+    if isinstance(width, int) and dense.get("block_auto_adjust_ff_dim", True):
         width = int(2 * width / 3)
         if (factor := dense.get("block_ffn_dim_multiplier", 1.0)) is not None:
             block = dense.get("block_multiple_of", 256)

@@ -48,10 +48,11 @@ def objection(family: Family, config: Config, mixture: Mixture) -> str:
     kind = str(config.get("model_type"))
     if kind not in family.accepts:
         return f"it holds {', '.join(sorted(family.accepts))}; this is a {kind} model"
-    sizes = ("hidden_size", "num_attention_heads")
-    if absent := [key for key in sizes if not isinstance(config.get(key), int)]:
-        return f"config.json does not say {', '.join(absent)}"
-    if reason := accept(family, config).refuse(complete(config)):
+    try:
+        full = complete(config)
+    except ValueError as error:
+        return str(error)
+    if reason := accept(family, config).refuse(full):
         return reason
     dense = in_words_of(family, config)
     if not isinstance(dense.get("intermediate_size"), int):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from moeforge.configs import Config, portable
 from moeforge.dense import EMBEDDINGS, HEAD, complete
+from moeforge.errors import Finding, SourceError
 from moeforge.families import PARTS, Family, Fill, Tensors
 from moeforge.planners.homes import Home, accept, in_words_of
 from moeforge.planners.model import Findings, Model, listing, natural
@@ -39,10 +40,18 @@ class Views:
         self._made: dict[str, Tensors] = {}
 
     def __call__(self, model: Model) -> Tensors:
-        """Return the tensors of `model`."""
+        """Return the tensors of `model`.
+
+        Raises:
+            SourceError: its config says other sizes than its tensors have, or too little.
+        """
         if model.label not in self._made:
             taken = accept(self._family, model.config)
-            self._made[model.label] = taken.tensors(complete(model.config), model.tensors)
+            try:
+                self._made[model.label] = taken.tensors(complete(model.config), model.tensors)
+            except ValueError as error:
+                what = f"{model.label}: config.json does not fit the tensors: {error}"
+                raise SourceError(Finding(what, "Download the model again.")) from error
         return self._made[model.label]
 
 
@@ -164,7 +173,7 @@ class Assembly:
                 config.pop(key, None)
             else:
                 config[key] = value
-        if "rms_norm_eps" in config:
+        if config.get("rms_norm_eps") is not None:
             config["rms_norm_eps"] = float(config["rms_norm_eps"])
         config["tie_word_embeddings"] = HEAD not in self.base
         return config

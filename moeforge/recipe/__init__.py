@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from moeforge.recipe.schema import (
     StackRecipe,
 )
 from moeforge.recipe.tuning import Tuning
+from moeforge.texts import read_text
 
 __all__ = [
     "NO_HOMES",
@@ -53,8 +54,13 @@ __all__ = [
     "Tuning",
     "average",
     "load",
+    "parse",
     "parse_tuning",
 ]
+
+
+_MOST = 2_000_000
+"""Bytes of a recipe; the YAML reader takes many seconds for more."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,15 @@ class LoadedRecipe:
         document: its text and line numbers.
         folder: where relative paths are looked up first.
         stem: name of the file without its ending; the default name of the output.
+        commits: for models on the Hub, the commit that is meant, where the recipe names none or a
+            branch: what a lock file has written down.
     """
 
     recipe: Recipe
     document: Document
     folder: Path
     stem: str
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, findings: Iterable[Finding]) -> tuple[Finding, ...]:
         """Return `findings` with the lines of the recipe they speak about."""
@@ -108,7 +117,7 @@ def load(recipe: str | Path | dict[str, Any]) -> LoadedRecipe:
     else:
         path = Path(recipe)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path, most=_MOST)
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise RecipeError(Finding(f"cannot read the recipe {path}: {reason}")) from None
@@ -116,6 +125,24 @@ def load(recipe: str | Path | dict[str, Any]) -> LoadedRecipe:
     parsed = document.parse(text)
     if isinstance(recipe, dict):  # nobody has seen its lines
         parsed = replace(parsed, lines={})
+    return _validated(parsed, folder, stem)
+
+
+def parse(text: str, folder: Path, stem: str) -> LoadedRecipe:
+    """Validate the text of a recipe.
+
+    Args:
+        text: YAML.
+        folder: where relative paths are looked up first.
+        stem: default name of the output.
+
+    Raises:
+        RecipeError: with every mistake, each with its line, path and the nearest known word.
+    """
+    return _validated(document.parse(text), folder, stem)
+
+
+def _validated(parsed: Document, folder: Path, stem: str) -> LoadedRecipe:
     try:
         valid = parse_kind(parsed.data)
     except ValidationError as error:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moeforge.texts import read_text
+
 Message = dict[str, Any]
 
 
@@ -47,7 +49,7 @@ def load(path: Path) -> tuple[Prompt, ...]:
         ValueError: with file and line, where it cannot be read, has another ending, or is empty.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: cannot be read: {reason}") from None

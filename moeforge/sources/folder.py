@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeforge.errors import Finding, SourceError
-from moeforge.sources import FileSpan, pickled
+from moeforge.sources import FileSpan, config_values, pickled
 from moeforge.sources.files import TensorFiles
 from moeforge.sources.header import Entry, read_header
 from moeforge.sources.quantized import refuse_quantized
 from moeforge.tensors import TensorSpec
+from moeforge.texts import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (SINGLE, INDEX, pickled.SINGLE, pickled.INDEX)
 """Files that tell which weights there are, in the order in which they are preferred."""
+
+_CARD = 1_000_000
+"""Characters of a card that are looked at; what it was made from stands at its beginning."""
 
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".safetensors")
 
@@ -34,9 +38,10 @@ def read_json(path: Path) -> dict[str, Any]:
         SourceError: it cannot be read or is something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(Finding(f"{path} cannot be read: {error}")) from None
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(Finding(f"{path} cannot be read: {reason}")) from None
     if not isinstance(data, dict):
         raise SourceError(Finding(f"{path} does not hold a JSON object"))
     return data
@@ -54,7 +59,7 @@ def read_index(key: str, path: Path) -> dict[str, str]:
     ):
         raise SourceError(Finding(f"{key}: {path} has no weight_map"))
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or file in ("", ".."):
+        if Path(file).name != file or file in ("", "..") or not file.isprintable():
             raise SourceError(Finding(f"{path} names {file!r}, which is outside the folder"))
     return weight_map
 
@@ -69,7 +74,7 @@ def module_folders(folder: Path) -> list[str]:
     if not path.exists():
         return []
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
+        modules = json.loads(read_text(path))
         names = [str(module["path"]) for module in modules]
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         raise SourceError(Finding(f"{path} is not a list of modules with paths")) from None
@@ -82,7 +87,10 @@ def module_folders(folder: Path) -> list[str]:
 def original(folder: Path) -> str:
     """Return the model that the card in `folder` names as the one it was made from, or ""."""
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = ""
+    if card.is_file():
+        with card.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_CARD)
     named = re.search(r"^base_model:\s*(?:\n\s*)?(?:-\s*)?([\w./-]+)\s*$", text, re.MULTILINE)
     return named[1] if named else ""
 
@@ -120,6 +128,7 @@ def refuse_unusable(
         what = f"{key} has no config.json, so it is not a model folder"
         raise SourceError(Finding(what, "Give the folder that holds config.json."))
     refuse_quantized(key, config, original(folder))
+    config_values.check(config, folder / "config.json")
     if weights_file(files) is None:
         what = f"{key} has none of {', '.join(WEIGHTS)}"
         other = next((name for name in sorted(files) if name.endswith(_OTHER_WEIGHTS)), None)

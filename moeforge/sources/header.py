@@ -21,6 +21,10 @@ MAX_HEADER = 100_000_000
 Entry = tuple[TensorSpec, FileSpan]
 
 
+def _reject_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not JSON")
+
+
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
@@ -28,21 +32,47 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
+_LONGEST_NAME = 500
+_MOST_DIMENSIONS = 64
+"""Torch has no more."""
+_BELOW_A_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
+"""Dtypes of the format with several elements in a byte, or in three."""
+
+
+def _check_name(name: str) -> None:
+    """Refuse names that no model has, and that would write on terminals."""
+    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
+        shown = repr(name[:40]) if len(name) > _LONGEST_NAME else repr(name)
+        raise ValueError(f"it has a tensor with the impossible name {shown}")
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _parse_entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+    _check_name(name)
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"entry {name!r} lacks dtype, shape or data_offsets")
     dtype = tensors.BY_CODE.get(str(entry["dtype"]))
+    if entry["dtype"] in _BELOW_A_BYTE:
+        raise ValueError(f"{name} is {entry['dtype']}, which is quantised below a byte")
     if dtype is None:
-        raise ValueError(f"{name} has the unknown dtype {entry['dtype']!r}")
+        raise ValueError(f"{name} has the unknown dtype {_short(entry['dtype'])}")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not all(map(_is_count, shape)):
-        raise ValueError(f"{name} has the impossible shape {shape!r}")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MOST_DIMENSIONS
+        or not all(map(_is_count, shape))
+    ):
+        raise ValueError(f"{name} has the impossible shape {_short(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise ValueError(f"{name} has the impossible offsets {offsets!r}")
+        raise ValueError(f"{name} has the impossible offsets {_short(offsets)}")
     spec = TensorSpec(dtype, tuple(shape))
     if offsets[1] - offsets[0] != spec.nbytes:
         said = f"{offsets[1] - offsets[0]} bytes for {spec}, which takes {spec.nbytes}"
@@ -62,10 +92,17 @@ def parse_header(raw: bytes, path: Path, data_bytes: int) -> dict[str, Entry]:
         ValueError: it is not a header, or tensors overlap, leave holes or end elsewhere than the
             file.
     """
-    header = json.loads(raw, object_pairs_hook=_reject_duplicates)
-    if not isinstance(header, dict):
+    if not raw.startswith(b"{"):
         raise ValueError("the header is not a JSON object")
-    header.pop("__metadata__", None)
+    header = json.loads(
+        raw.decode("utf-8"),
+        object_pairs_hook=_reject_duplicates,
+        parse_constant=_reject_constant,
+    )
+    metadata = header.pop("__metadata__", None)
+    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if metadata is not None and not texts:
+        raise ValueError("its __metadata__ is not a mapping of texts to texts")
     parsed = {name: _parse_entry(name, entry) for name, entry in header.items()}
     position = 0
     for name, (_, begin, end) in sorted(parsed.items(), key=lambda item: item[1][1:]):
@@ -92,6 +129,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     """
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise ValueError("it is not a regular file")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):

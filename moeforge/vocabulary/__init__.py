@@ -7,13 +7,15 @@ tokenizer.json, and to reload what was written.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moeforge.errors import Finding, SourceError
+from moeforge.texts import read_text
+from moeforge.vocabulary.damage import damage
 
 Settings = dict[str, Any]
 """How an added token is matched in text: the fields of an AddedToken, without id and content."""
@@ -118,9 +120,8 @@ def read(folder: Path | None, label: str) -> Tokens:
         raise SourceError(Finding(f"{label} has no tokenizer", "Add its tokenizer files."))
     config = _json(folder / "tokenizer_config.json", label)
     backend = _json(folder / "tokenizer.json", label) or _convert(folder, label)
-    model = backend.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
-        what = f"{label}: tokenizer.json has no vocabulary"
+    if reason := damage(backend, config):
+        what = f"{label}: {reason}"
         raise SourceError(Finding(what, "Download the model again."))
     return Tokens(label, folder, _complete(backend, config, folder, label), config)
 
@@ -128,7 +129,7 @@ def read(folder: Path | None, label: str) -> Tokens:
 def _json(path: Path, label: str) -> dict[str, Any]:
     """Return the mapping in `path`; an empty one where there is no such file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        data = json.loads(read_text(path)) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         what = f"{label}: {path.name} cannot be read: {reason}"
@@ -143,7 +144,7 @@ def _convert(folder: Path, label: str) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # transformers raises many kinds for a broken or missing tokenizer
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -185,11 +186,15 @@ def _named(config: dict[str, Any], folder: Path, label: str) -> Iterator[tuple[s
     else:  # files of older versions
         special = {**_json(folder / "special_tokens_map.json", label), **config}
         older = _json(folder / "added_tokens.json", label)
+        if not all(type(index) is int for index in older.values()):
+            what = f"{label}: added_tokens.json is not a mapping of tokens to ids"
+            raise SourceError(Finding(what, "Download the model again."))
         for token, _ in sorted(older.items(), key=lambda item: int(item[1])):
             yield token, dict(_DEFAULT)
     extra = special.get("extra_special_tokens") or special.get("additional_special_tokens") or ()
+    named = extra.values() if isinstance(extra, dict) else extra
     values = [special.get(role) for role in ROLES]
-    for value in (*values, *(extra.values() if isinstance(extra, dict) else extra)):
+    for value in (*values, *(named if isinstance(named, Iterable) else ())):
         special_token = content(value)
         if special_token:
             how = value if isinstance(value, Mapping) else {}

@@ -143,7 +143,8 @@ def _verify(tokens: Tokens, folder: Path) -> None:
 
     fix = "Choose the tokenizer of another model, or tell the authors of moeforge."
     try:
-        found = AutoTokenizer.from_pretrained(str(folder)).get_vocab()
+        # Else transformers would ask on the terminal whether to run code that lies beside it.
+        found = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False).get_vocab()
     except Exception as error:  # transformers raises many kinds
         what = f"the tokenizer made of {tokens.label}'s cannot be loaded: {error}"
         raise BuildError(Finding(what, fix)) from error

@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from moeforge.errors import Finding, SourceError
+from moeforge.texts import read_text
+
 _TEMPLATES = Path(__file__).parent / "templates"
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
@@ -42,19 +45,29 @@ def problem(template: str) -> str:
 
 
 def read_template(folder: Path | None) -> str | None:
-    """Return the chat template of the tokenizer in `folder`; None where it has none."""
+    """Return the chat template of the tokenizer in `folder`; None where it has none.
+
+    Raises:
+        SourceError: a file that should hold it is damaged.
+    """
     if folder is None:
         return None
     alone = folder / "chat_template.jinja"
-    if alone.exists():
-        return alone.read_text(encoding="utf-8")
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if (folder / name).exists():
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-            if isinstance(found, list):  # several, each with a name
-                found = {entry["name"]: entry["template"] for entry in found}.get("default")
-            if isinstance(found, str):
-                return found
+    name = alone.name
+    try:
+        if alone.exists():
+            return read_text(alone)
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            if (folder / name).exists():
+                data = json.loads(read_text(folder / name))
+                found = data.get("chat_template")
+                if isinstance(found, list):  # several, each with a name
+                    found = {entry["name"]: entry["template"] for entry in found}.get("default")
+                if isinstance(found, str):
+                    return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        what = f"{folder / name} holds no chat template that can be read: {error}"
+        raise SourceError(Finding(what, "Download the model again.")) from None
     return None
 
 

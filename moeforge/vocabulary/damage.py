@@ -1,0 +1,49 @@
+"""Owns whether the files of a tokenizer have the shape that everything behind them counts on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_MOST = 2**31
+"""Ids are below it: no vocabulary comes near."""
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST
+
+
+def _is_token(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("content"), str)
+
+
+def _is_piece(entry: Any) -> bool:
+    """Say whether `entry` is a piece of a Unigram model with its score."""
+    pair = isinstance(entry, list) and len(entry) == 2
+    return pair and isinstance(entry[0], str) and isinstance(entry[1], (int, float))
+
+
+def damage(backend: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Return why these are not the files of a tokenizer, or "".
+
+    Args:
+        backend: content of tokenizer.json.
+        config: content of tokenizer_config.json.
+    """
+    model = backend.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        odd = next((token for token, index in vocabulary.items() if not _is_id(index)), None)
+        if odd is not None:
+            return f"tokenizer.json gives {odd[:40]!r} the id {str(vocabulary[odd])[:40]!r}"
+    elif not isinstance(vocabulary, list) or not all(map(_is_piece, vocabulary)):
+        return "tokenizer.json has no vocabulary"
+    added = backend.get("added_tokens") or []
+    if not isinstance(added, list) or not all(_is_token(e) and _is_id(e.get("id")) for e in added):
+        return "tokenizer.json has added_tokens that are not tokens with ids"
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict) and not all(
+        key.isdecimal() and len(key) < 11 and _is_token(entry) for key, entry in decoder.items()
+    ):
+        return "tokenizer_config.json has added_tokens_decoder that is not tokens by id"
+    return ""
