@@ -16,7 +16,8 @@ from moeforge.output.card import amount
 from moeforge.output.layout import lay_out
 from moeforge.planners.model import from_source
 from moeforge.plans import Plan, dump
-from moeforge.recipe import REMOTE
+from moeforge.prepare import Prepared
+from moeforge.recipe import REMOTE, MoeRecipe
 from moeforge.sources import Source
 
 if TYPE_CHECKING:
@@ -29,8 +30,14 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def describe(plan: Plan, shard_size: int) -> dict[str, Any]:
-    """Return a plan as plain data: totals, config, and every tensor with its place and origin."""
+def describe(plan: Plan, shard_size: int, prompt_memory: int = 0) -> dict[str, Any]:
+    """Return a plan as plain data: totals, config, and every tensor with its place and origin.
+
+    Args:
+        plan: what will be made.
+        shard_size: most bytes of tensors per file.
+        prompt_memory: bytes that prompts take while routers are made; see the function.
+    """
     shards = lay_out(plan.tensors, shard_size)
     data: dict[str, Any] = {
         "kind": plan.kind,
@@ -71,7 +78,8 @@ def describe(plan: Plan, shard_size: int) -> dict[str, Any]:
         }
         # The base is run one layer at a time, in float32, beside the interpreter with transformers.
         if gates.load(plan.experts.gate_mode).needs_prompts:
-            data["peak_memory"] = max(data["peak_memory"], router_memory(plan))
+            routers = router_memory(plan) + prompt_memory
+            data["peak_memory"] = max(data["peak_memory"], routers)
     return data
 
 
@@ -80,12 +88,38 @@ TRANSFORMERS = 200_000_000
 
 
 def router_memory(plan: Plan) -> int:
-    """Return the memory in bytes that running one layer of the base takes, prompts apart."""
+    """Return the memory in bytes that running one layer of the base takes, prompts apart.
+
+    What the prompts take is added by `prompt_memory`.
+    """
     config = plan.config
     hidden = hidden_size(config) or 0
     wide = mlp_width(config)
     # Four attention projections and three of the MLP, plus the two H×H float64 moments of a fit.
     return engine.INTERPRETER + TRANSFORMERS + 4 * hidden * (4 * hidden + 3 * wide) + 32 * hidden**2
+
+
+_TOKEN = 2
+"""Bytes of text per token, at least; with large vocabularies there are about four."""
+
+
+def prompt_memory(prepared: Prepared) -> int:
+    """Return the most memory in bytes that the prompts of a recipe take while routers are made.
+
+    What each token met on its way into a layer and into its MLP is kept in float32; the logistic
+    fit keeps the latter in float64 too.
+    """
+    recipe = prepared.loaded.recipe
+    if not isinstance(recipe, MoeRecipe):
+        return 0
+    texts = [
+        text
+        for _, _, prompt in prepared.prompts
+        for text in (prompt.text, *(str(message["content"]) for message in prompt.messages))
+    ]
+    tokens = sum(len(text.encode()) for text in texts) // _TOKEN
+    logistic = recipe.gate_mode == "fitted" and recipe.gate_parameters.method == "logistic"
+    return tokens * (hidden_size(prepared.plan.config) or 0) * (8 + 8 * logistic)
 
 
 def plan_table(plan: Plan, described: dict[str, Any]) -> Table:

@@ -260,6 +260,27 @@ def test_plan_says_what_build_makes(stack, moe, tmp_path):
         assert word in shown
 
 
+def test_plan_counts_the_prompts_that_routers_are_made_from(llamas, tmp_path):
+    """Four megabytes of text more are two million tokens more, at two bytes for each."""
+    needed = {}
+    for method in ("ridge", "logistic"):
+        for length in (2_000_000, 4_000_000):
+            experts = []
+            for folder, letter in zip(llamas[1:], "ab", strict=True):
+                (tmp_path / f"{letter}.txt").write_text(letter * length)
+                experts.append({"source_model": str(folder), "prompts_file": f"{letter}.txt"})
+            parameters = {"method": method}
+            data = {"base_model": str(llamas[0]), "experts": experts, "gate_parameters": parameters}
+            path = recipe(tmp_path, f"{method}-{length}", data)
+            found = json.loads(moeforge("plan", path, "--json").stdout)["peak_memory"]
+            needed[method, length] = found
+    tokens = 2 * 2_000_000 / 2  # more in each recipe with twice the text, at two bytes per token
+    float64, floats32 = 8 * 64, 2 * 4 * 64
+    assert needed["ridge", 4_000_000] - needed["ridge", 2_000_000] == tokens * floats32
+    more = needed["logistic", 4_000_000] - needed["logistic", 2_000_000]
+    assert more == tokens * (floats32 + float64)
+
+
 def test_inspect_tells_what_a_checkpoint_is(llamas):
     data = json.loads(moeforge("inspect", llamas[0], "--json").stdout)
     tensors = load_file(llamas[0] / WEIGHTS)

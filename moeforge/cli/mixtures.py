@@ -36,6 +36,9 @@ Code = Annotated[
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Folders or Hub ids.")],
     text: Annotated[list[Path], typer.Option("--text", help="UTF-8 text file; may be repeated.")],
+    window: Annotated[
+        int, typer.Option(min=2, help="Tokens that a model sees at a time, BOS included.")
+    ] = 256,
     dtype: Annotated[str, typer.Option(help="auto (as stored) or float32.")] = "auto",
     device: Device = "cpu",
     memory: Annotated[
@@ -60,6 +63,7 @@ def evaluate(
                 dtype=dtype,
                 device=device,
                 memory=limit,
+                window=window,
                 trust_remote_code=code,
                 offline=offline,
                 progress=progress,
@@ -181,6 +185,14 @@ def tune(
         float | None, typer.Option(help="Peak rate [default: 0.38 / hidden size].")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Documents per step.")] = 16,
+    window: Annotated[int, typer.Option(min=2, help="Most tokens per document.")] = 256,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Held-out measurements without a new best before it ends.")
+    ] = 4,
+    active: Annotated[
+        int | None,
+        typer.Option(min=1, help="Experts per token while training [default: the mixture's, 2+]."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Order of the documents.")] = 0,
     device: Device = "cpu",
     code: Code = False,
@@ -205,6 +217,9 @@ def tune(
                 "steps": steps,
                 "learning_rate": learning_rate,
                 "batch": batch,
+                "window": window,
+                "patience": patience,
+                "active": active,
             }
         )
         with showing_steps(shown=watched(as_json=as_json)) as told:
