@@ -1,7 +1,7 @@
 """moeforge makes one language model out of several.
 
-`build`, `plan` and `check` do what the commands of the same names do; what they raise is in
-`moeforge.errors`.
+`build`, `plan`, `check`, `verify`, `rebuild` and `diff` do what the commands of the same names do;
+what they raise is in `moeforge.errors`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,22 @@ from typing import Any
 
 from moeforge.version import __version__
 
-__all__ = ["__version__", "build", "check", "plan"]
+__all__ = ["__version__", "build", "check", "diff", "plan", "rebuild", "verify"]
+
+_HOMES = {
+    "build": "moeforge.forge",
+    "check": "moeforge.forge",
+    "diff": "moeforge.proof.diff",
+    "plan": "moeforge.forge",
+    "rebuild": "moeforge.rebuilding",
+    "verify": "moeforge.proof.verify",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use, so that `moeforge --help` need not wait for any of it.
-    if name in ("build", "check", "plan"):
-        from moeforge import forge
+    if name in _HOMES:
+        from importlib import import_module
 
-        return getattr(forge, name)
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

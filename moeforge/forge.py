@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeforge import build_report, engine, targets, tuning
+from moeforge import build_report, engine, targets, tuning, vouch
 from moeforge.engine import Settings
 from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
 from moeforge.output import folder
@@ -19,17 +19,19 @@ from moeforge.output.layout import DEFAULT_SHARD_SIZE, index, lay_out
 from moeforge.plans import ROUTERS, Plan
 from moeforge.prepare import prepare
 from moeforge.prompting import with_selection
+from moeforge.recipe import LoadedRecipe
 from moeforge.routers import compute_routers
 
 if TYPE_CHECKING:
     from moeforge.gates import LayerFit
     from moeforge.proof.heldout import HeldOut
     from moeforge.proof.route_report import RouteReport
+    from moeforge.proof.verify import Verified
 
-RecipeLike = str | Path | dict[str, Any]
+RecipeLike = str | Path | dict[str, Any] | LoadedRecipe
 Progress = Callable[[str, int, int], None]
 """Called with the phase ("routers", "tensors", "teachers", "router training", "held-out text",
-"routing"), what is done of it, and all of it; tensors are counted in bytes."""
+"routing", "verify"), what is done of it, and all of it; tensors are counted in bytes."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Result:
         fits: what the fit of each router found out, where gates were fitted.
         tuned: what training the routers came to, if the recipe asks for it.
         routing: where a mixture sends its tokens; see `build_report.Measured`.
+        verified: the checks that it passed; None where they were not asked for.
     """
 
     folder: Path
@@ -53,6 +56,7 @@ class Result:
     fits: tuple[LayerFit, ...] = ()
     tuned: tuning.Tuned | None = None
     routing: RouteReport | None = None
+    verified: Verified | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ def build(
     shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     offline: bool = False,
+    verify: bool = True,
+    hash_inputs: bool = False,
     progress: Progress = lambda phase, done, total: None,
     note: Callable[[Finding], None] = lambda finding: None,
 ) -> Result:
@@ -122,6 +128,8 @@ def build(
         shard_size: most bytes of tensors per file.
         overwrite: replace an existing model folder.
         offline: use only what is in the local Hub cache.
+        verify: check the output before it is published.
+        hash_inputs: read inputs on this machine whole for the hashes in the lock file.
         progress: told what is done.
         note: told what is worth knowing: before work starts, and of the finished result.
 
@@ -168,8 +176,10 @@ def build(
         found = build_report.measure_and_tell(
             prepared, plan, work, target.name, tuned, progress, note
         )
+        asked = vouch.Asked(device, shard_size, memory, verify, hash_inputs)
+        verified = vouch.vouch(prepared, plan, work, asked, {}, progress, note)
     seconds = time.perf_counter() - began
-    return Result(target, plan, seconds, found.heldout, fits, tuned, found.routing)
+    return Result(target, plan, seconds, found.heldout, fits, tuned, found.routing, verified)
 
 
 def _check_room(plan: Plan, settings: Settings, target: Path) -> None:

@@ -135,18 +135,22 @@ def _check_tokenizer(
         findings.append(Finding(what, "Add its tokenizer files, or drop evaluate.", ("evaluate",)))
 
 
-def prepare(recipe: str | Path | dict[str, Any], *, offline: bool) -> Prepared:
+def prepare(recipe: str | Path | dict[str, Any] | LoadedRecipe, *, offline: bool) -> Prepared:
     """Do everything that needs no weights.
 
     Raises:
         MoeforgeError: with everything that is wrong; its kind is that of the first thing.
     """
-    loaded = recipes.load(recipe)
+    loaded = recipe if isinstance(recipe, LoadedRecipe) else recipes.load(recipe)
 
     def open_reference(reference: Reference | Adapter) -> Source:
         if isinstance(reference, Adapter):
             return open_adapter(
-                reference.model, reference.revision, beside=loaded.folder, offline=offline
+                reference.model,
+                reference.revision,
+                beside=loaded.folder,
+                offline=offline,
+                commit=loaded.commits.get(str(reference)),
             )
         return open_source(
             reference.model,
@@ -154,6 +158,7 @@ def prepare(recipe: str | Path | dict[str, Any], *, offline: bool) -> Prepared:
             reference.subfolder,
             beside=loaded.folder,
             offline=offline,
+            commit=loaded.commits.get(str(reference.model_copy(update={"lora": None}))),
         )
 
     planner = Planner(open_reference)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moeforge.cli import mixtures, models, prompts, recipes
+from moeforge.cli import mixtures, models, prompts, proofs, recipes
 from moeforge.version import __version__
 
 app = typer.Typer(
@@ -26,6 +26,9 @@ for command in (
     models.push,
     mixtures.route,
     mixtures.tune,
+    proofs.verify,
+    proofs.rebuild,
+    proofs.diff,
 ):
     app.command()(command)
 app.command("eval")(mixtures.evaluate)

@@ -43,6 +43,12 @@ def build(
     shard_size: Annotated[str, typer.Option(help="Most bytes per output file.")] = "5GB",
     overwrite: Overwrite = False,
     offline: Offline = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Publish without checking the output.")
+    ] = False,
+    hash_inputs: Annotated[
+        bool, typer.Option("--hash-inputs", help="Hash local weights whole for the lock file.")
+    ] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print what is done.")] = False,
@@ -64,6 +70,8 @@ def build(
                 shard_size=per_file,
                 overwrite=overwrite,
                 offline=offline,
+                verify=not no_verify,
+                hash_inputs=hash_inputs,
                 progress=progress,
                 note=note if not quiet else lambda finding: None,
             )
@@ -205,11 +213,12 @@ def plan(
 ) -> None:
     """Print what a build would make, read, write and need."""
     with reporting(as_json=as_json):
-        from moeforge import forge
-        from moeforge.tables import describe, plan_table
+        from moeforge.prepare import prepare
+        from moeforge.tables import describe, plan_table, prompt_memory
 
-        planned = forge.plan(recipe, offline=offline)
-        described = describe(planned, parse_size(shard_size))
+        prepared = prepare(recipe, offline=offline)
+        planned = prepared.plan
+        described = describe(planned, parse_size(shard_size), prompt_memory(prepared))
         if as_json:
             print_json(described)
             return

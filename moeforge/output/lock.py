@@ -173,11 +173,14 @@ def _weights(source: Source) -> set[str]:
 
 def _fingerprint(path: Path, *, whole: bool) -> Entry:
     """Return size and sample of a weights file, and its SHA-256 where there is one."""
+    size = path.stat().st_size
+    if size <= hashes.BLOCKS * hashes.BLOCK:  # the sample would be all of it
+        return {"size": size, "sha256": hashes.sha256(path)}
     digest = hashes.known(path)
     if digest is None and whole:
         digest = hashes.sha256(path)
         hashes.remember(path, digest)
-    entry: Entry = {"size": path.stat().st_size, "sample": hashes.sample(path)}
+    entry: Entry = {"size": size, "sample": hashes.sample(path)}
     return {**entry, "sha256": digest} if digest else entry
 
 

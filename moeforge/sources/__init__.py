@@ -65,6 +65,7 @@ def open_source(
     *,
     beside: Path = Path(),
     offline: bool = False,
+    commit: str | None = None,
 ) -> Source:
     """Open a checkpoint by path or Hub id.
 
@@ -74,6 +75,7 @@ def open_source(
         subfolder: folder below it that holds config.json.
         beside: folder of the recipe.
         offline: use only what is in the local Hub cache.
+        commit: what the revision stands for; None asks the Hub.
 
     Raises:
         SourceError: it is neither, or is not a usable checkpoint.
@@ -88,7 +90,7 @@ def open_source(
     def remote() -> Source:
         from moeforge.sources.hub import HubSource
 
-        return HubSource(model, revision, subfolder, offline=offline)
+        return HubSource(model, revision, subfolder, offline=offline, commit=commit)
 
     return find(model, revision, beside, local, remote)
 

@@ -88,7 +88,12 @@ def refuse_unusable(key: str, files: set[str]) -> None:
 
 
 def open_adapter(
-    name: str, revision: str | None = None, *, beside: Path = Path(), offline: bool = False
+    name: str,
+    revision: str | None = None,
+    *,
+    beside: Path = Path(),
+    offline: bool = False,
+    commit: str | None = None,
 ) -> AdapterSource:
     """Open a LoRA adapter by path or Hub id; from the Hub it is fetched whole.
 
@@ -97,6 +102,7 @@ def open_adapter(
         revision: branch, tag or commit; Hub only.
         beside: folder of the recipe.
         offline: use only what is in the local Hub cache.
+        commit: what the revision stands for; None asks the Hub.
 
     Raises:
         SourceError: it is neither, or is not a usable adapter.
@@ -107,12 +113,14 @@ def open_adapter(
         revision,
         beside,
         lambda folder: AdapterSource(name, folder),
-        lambda: _fetch(name, revision, offline=offline),
+        lambda: _fetch(name, revision, commit, offline=offline),
         "adapter ",
     )
 
 
-def _fetch(repo_id: str, revision: str | None, *, offline: bool) -> AdapterSource:
+def _fetch(
+    repo_id: str, revision: str | None, commit: str | None, *, offline: bool
+) -> AdapterSource:
     """Put an adapter repository into the local Hub cache and open it."""
     from huggingface_hub import constants, list_repo_files, snapshot_download
 
@@ -123,14 +131,14 @@ def _fetch(repo_id: str, revision: str | None, *, offline: bool) -> AdapterSourc
     try:
         folder = snapshot_download(
             repo_id,
-            revision=revision,
+            revision=commit or revision,
             allow_patterns=list(_WANTED),
             ignore_patterns=["*/*"],  # a star also matches slashes
             local_files_only=offline,
         )
         found = {file.name for file in Path(folder).iterdir()}
         if not {CONFIG, WEIGHTS} <= found and not offline:
-            refuse_unusable(key, set(list_repo_files(repo_id, revision=revision)))
+            refuse_unusable(key, set(list_repo_files(repo_id, revision=commit or revision)))
     except SourceError:
         raise
     except Exception as error:  # huggingface_hub raises its own, its HTTP library's and others

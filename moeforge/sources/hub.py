@@ -49,6 +49,7 @@ class HubSource:
         revision: branch, tag or commit; the default branch if None.
         subfolder: folder of the repository that holds config.json.
         offline: look only into the local cache; HF_HUB_OFFLINE=1 does the same.
+        commit: what the revision stands for; None asks the Hub.
 
     Attributes:
         commit: what the revision stood for when it was opened; all reading is of this commit.
@@ -59,7 +60,13 @@ class HubSource:
     """
 
     def __init__(
-        self, repo_id: str, revision: str | None, subfolder: str | None, *, offline: bool
+        self,
+        repo_id: str,
+        revision: str | None,
+        subfolder: str | None,
+        *,
+        offline: bool,
+        commit: str | None = None,
     ) -> None:
         from huggingface_hub import constants
 
@@ -75,7 +82,9 @@ class HubSource:
         self._lock = threading.Lock()
         self._downloaded: FolderSource | None = None
         # Other programs also fill the cache, so offline not all small files can be asked for.
-        snapshot = self._fetch_files(("config.json",) if self._offline else _SMALL, revision)
+        snapshot = self._fetch_files(
+            ("config.json",) if self._offline else _SMALL, commit or revision
+        )
         self.commit = snapshot.name
         self.folder: Path = snapshot / self._prefix
         config_file = self.folder / "config.json"
@@ -211,7 +220,7 @@ class HubSource:
             raise SourceError(Finding(what, "Use another revision, or tell the author.")) from None
 
     @cached_property
-    def _remote_specs(self) -> dict[str, TensorSpec]:
+    def _remote_entries(self) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             for header in pool.map(self._remote_header, self._weight_files):
@@ -220,7 +229,25 @@ class HubSource:
         if lost:
             what = f"{self.key}: the index lists {len(lost)} tensors that no file has"
             raise SourceError(Finding(f"{what}, first {lost[0]}", "Use another revision."))
-        return {name: spec for name, (spec, _) in entries.items()}
+        return entries
+
+    @cached_property
+    def _remote_specs(self) -> dict[str, TensorSpec]:
+        return {name: spec for name, (spec, _) in self._remote_entries.items()}
+
+    @property
+    def _from_headers(self) -> bool:
+        """Whether headers are all that there is of the weights so far."""
+        return bool(self._missing) and not self._offline and self._weights in WEIGHTS[:2]
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of weights that are not in the local cache."""
+        return sum(self._sizes.get(file, 0) for file in self._missing)
+
+    def span(self, name: str) -> FileSpan | None:
+        """Return where tensor `name` lies, or will lie in the cache; downloads nothing."""
+        return self._remote_entries[name][1] if self._from_headers else self._local.locate(name)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Return dtype and shape of every tensor, from headers only.
@@ -228,8 +255,7 @@ class HubSource:
         Headers that are not in the local cache are fetched by range requests, without any weights;
         PyTorch's own files have no header, and are downloaded.
         """
-        remote = self._missing and not self._offline and self._weights in WEIGHTS[:2]
-        return self._remote_specs if remote else self._local.specs()
+        return self._remote_specs if self._from_headers else self._local.specs()
 
     def locate(self, name: str) -> FileSpan | None:
         """Return where the bytes of tensor `name` lie; downloads the weights on first use."""
