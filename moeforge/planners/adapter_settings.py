@@ -23,6 +23,8 @@ _VARIANTS = (
 _MOVED_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
 """Initialisations that also changed the weights that the adapter was trained on."""
 
+_MOST_REPETITIONS = 4
+
 _ENDING = r"(.*\.)?({})$"
 """How a pattern is the end of a module's name. Source: peft.utils.other.get_pattern_key."""
 
@@ -68,8 +70,22 @@ class Settings:
         return float(alpha / (sqrt(rank) if self._config.get("use_rslora") else rank))
 
 
+def _refuse_endless(pattern: str) -> None:
+    """Refuse a pattern whose matching could take for ever: repeated groups, many repetitions.
+
+    Raises:
+        re.error: it is one; peft's are names with a few wildcards.
+    """
+    repeated = re.search(r"\)\s*[*+{]", pattern)
+    if repeated or len(re.findall(r"[*+{]", pattern)) > _MOST_REPETITIONS:
+        raise re.error("it repeats too much to be matched in time")
+
+
 def problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what makes an adapter_config.json impossible or of another kind, each with a fix."""
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        yield f"modules_to_save is {str(saved)[:60]!r}, not a list of names", AGAIN
     for key in _VARIANTS:
         if config.get(key):
             yield f"{key} makes it something else than low-rank matrices", WITH_PEFT
@@ -87,8 +103,9 @@ def problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             continue
         for pattern in known:
             try:
+                _refuse_endless(pattern)
                 re.compile(_ENDING.format(pattern))
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 yield f"{patterns} has {pattern!r}, which is no pattern: {error}", AGAIN
         for value in (config.get(key), *known.values()):
             kinds = int if key == "r" else (int, float)
