@@ -34,7 +34,11 @@ def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     if not tokenizer.chat_template:
         what = "a prompt is a chat (messages), but the base's tokenizer has no chat template"
         raise SourceError(Finding(what, "Give plain texts, or a base with a chat template."))
-    rendered = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False)
+    try:
+        rendered = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False)
+    except Exception as error:  # a template may raise anything; jinja's sandbox stops attacks
+        what = f"the base's chat template cannot be rendered: {error}"
+        raise SourceError(Finding(what, "Give plain texts, or a base with another one.")) from error
     # The template writes the special tokens itself.
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from moeforge.errors import BuildError, Finding
 from moeforge.sources.folder import module_folders, read_json
+from moeforge.texts import refuse_links
 
 _COMPANIONS = {
     "every model": (
@@ -84,6 +85,9 @@ def copy_companions(donor: Path | None, folder: Path) -> list[str]:
     Args:
         donor: folder of the model that they come from; None for none.
         folder: the output folder.
+
+    Raises:
+        SourceError: one of them is a link to something of another name.
     """
     if donor is None:
         return []
@@ -91,6 +95,7 @@ def copy_companions(donor: Path | None, folder: Path) -> list[str]:
     for item in sorted(donor.iterdir()):
         if not _belongs(item, modules, code=code):
             continue
+        refuse_links(item)
         if item.is_dir():
             shutil.copytree(item, folder / item.name)
         else:

@@ -29,7 +29,7 @@ from moeforge.recipe.schema import (
     StackRecipe,
 )
 from moeforge.recipe.tuning import Tuning
-from moeforge.texts import read_text
+from moeforge.texts import expanded, read_text
 
 __all__ = [
     "NO_HOMES",
@@ -88,8 +88,8 @@ class LoadedRecipe:
 
     def find(self, path: str) -> Path:
         """Return the file that a relative `path` means: beside the recipe, else from here."""
-        beside = self.folder / Path(path).expanduser()
-        return beside if beside.exists() else Path(path).expanduser()
+        beside = self.folder / expanded(path)
+        return beside if beside.exists() else expanded(path)
 
     def expert_prompts(self, expert: Expert) -> tuple[Prompt, ...]:
         """Return the positive prompts of `expert`: those in the recipe, then its file's.

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from moeforge.errors import Finding, HubError, SourceError, nearest
 from moeforge.tensors import TensorSpec
+from moeforge.texts import expanded
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def find(
         SourceError: it is neither.
         HubError: `remote` raised it, and the name does not look like a misspelt path.
     """
-    for candidate in (beside / Path(name).expanduser(), Path(name).expanduser()):
+    for candidate in (beside / expanded(name), expanded(name)):
         if candidate.exists():
             if revision:
                 what = f"{name} is a local folder and has no revision {revision}"

@@ -66,6 +66,10 @@ _NUMBERS: Kind = (
     lambda value: _is_number(value) or _is_list(value, _is_number),
 )
 _TEXT: Kind = ("a text", _is_text)
+_BUILT_IN: Kind = (
+    "one that comes with transformers",
+    lambda value: "/" not in str(value),
+)
 _TEXTS: Kind = ("a list of texts", lambda value: _is_list(value, _is_text))
 _PATTERN: Kind = ("a text", lambda value: _is_text(value) or _is_list(value, _is_text))
 _PLACES: Kind = (
@@ -104,6 +108,9 @@ _REQUIRED: dict[str, Kind] = {
 """What a key must be where it is written; null is not one of them."""
 
 _OPTIONAL: dict[str, Kind] = {
+    # A slash in it is a repository of the Hub whose code transformers would run.
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), _BUILT_IN),
+    **dict.fromkeys(("experts_implementation", "_experts_implementation"), _BUILT_IN),
     "model_type": ("a word", lambda value: _is_text(value) and value != ""),
     "rope_theta": _NUMBERS,
     "num_hidden_layers": _LAYERS,

@@ -59,7 +59,7 @@ def read_index(key: str, path: Path) -> dict[str, str]:
     ):
         raise SourceError(Finding(f"{key}: {path} has no weight_map"))
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or file in ("", "..") or not file.isprintable():
+        if "/" in file or file in ("", ".", "..") or not file.isprintable():
             raise SourceError(Finding(f"{path} names {file!r}, which is outside the folder"))
     return weight_map
 

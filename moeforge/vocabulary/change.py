@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moeforge.errors import BuildError, Finding
+from moeforge.texts import refuse_links
 from moeforge.vocabulary import Tokens
 from moeforge.vocabulary.chat import write_template
 
@@ -88,6 +89,7 @@ class TokenizerChange:
 
         Raises:
             BuildError: transformers reads other ids from what was written.
+            SourceError: a file of the tokenizer is a link to something of another name.
         """
         if self.tokens is not None and self.before is not None and self.size is not None:
             self._write_tokens(self.tokens, folder)
@@ -106,6 +108,7 @@ class TokenizerChange:
         for item in _matching(tokens.folder, _FILES):
             if tokens.made and any(fnmatch.fnmatch(item.name, p) for p in _SUPERSEDED):
                 continue
+            refuse_links(item)
             if item.is_dir():
                 shutil.copytree(item, folder / item.name)
             else:
