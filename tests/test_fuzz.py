@@ -253,8 +253,8 @@ STRICTER = (
     "appears twice",  # the reference takes the last
     "below a byte",  # refused by name: packed numbers cannot be merged
     "unknown dtype",  # those that torch cannot compute with
+    "unknown key",
     "is not JSON",
-    "Exceeds the limit",
 )
 """What we refuse and the reference implementation reads, by our words."""
 

@@ -60,7 +60,7 @@ CONFIGS = {
         "num_hidden_layers": [10**9, -1, 1e308, "4", [4]],
         "hidden_size": ["abc", -1, [64], 1e308],
         "num_attention_heads": [[4], "4"],
-        "rms_norm_eps": ["abc", [None]],
+        "rms_norm_eps": ["abc", [None], 10**400],
         "partial_rotary_factor": [1e308, [1]],
         "rope_parameters": [[1], 7, {"rope_theta": 1e4, "rope_type": [0]}],
         "intermediate_size": [["full_attention"], [None], "96", {}],
@@ -157,6 +157,7 @@ HEADERS = {
     "below a byte": ({"a": entry([2], 1, "F4")}, "a is F4, which is quantised below a byte"),
     "below a byte too": ({"a": entry([4], 3, "F6_E3M2")}, "quantised below a byte"),
     "dtype a list": ({"a": entry([0], dtype=["F32"] * 10**5)}, "unknown dtype"),
+    "a number elsewhere": ({"a": {**entry([0]), "x": 10**400}}, "a has the unknown key 'x'"),
     "metadata": ({"__metadata__": {"a": {"b": 1}}}, "__metadata__"),
     "deep": (b'{"a":' + b"[" * 10**6, "not a readable safetensors file"),
     "byte order mark": (b"\xef\xbb\xbf{}", "not a JSON object"),
@@ -399,10 +400,32 @@ def test_patterns_of_adapters_cannot_take_for_ever(pattern, llamas, tmp_path, hu
     assert "it repeats too much to be matched in time" in text
 
 
+@pytest.mark.parametrize("saved", [2**31, "lm_head", [7]])
+def test_modules_that_an_adapter_does_not_name_are_refused(saved, llamas, tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "modules_to_save": saved}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    rewrite(tmp_path, {})
+    (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.safetensors")
+    assert "not a list of names" in said(linear(f"{llamas[0]}+{tmp_path}", llamas[1]), 4)
+
+
 TOKENIZERS = {
     "ids of another kind": ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": "0"}}}),
     "no ids": ("tokenizer.json", {"model": {"vocab": {"a": None}}}),
     "pieces without scores": ("tokenizer.json", {"model": {"vocab": ["a"]}}),
+    "merges of three": (
+        "tokenizer.json",
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b", "c"]]}},
+    ),
+    "a processor of lists": (
+        "tokenizer.json",
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "special_tokens": {"<s>": {"tokens": [["<s>"]]}},
+            }
+        },
+    ),
     "added tokens without ids": ("tokenizer.json", {"added_tokens": [{"content": "a"}]}),
     "added tokens of numbers": ("tokenizer.json", {"added_tokens": 7}),
     "a decoder by names": ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}),

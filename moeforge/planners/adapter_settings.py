@@ -46,7 +46,8 @@ class Settings:
         self._config = config
         self.dora = bool(config.get("use_dora"))
         self.tying = bool(config.get("ensure_weight_tying"))
-        self.saved: tuple[str, ...] = tuple(config.get("modules_to_save") or ())
+        saved = config.get("modules_to_save")
+        self.saved: tuple[str, ...] = tuple(saved) if isinstance(saved, list) else ()
         self.parameters = bool(config.get("target_parameters"))
 
     def _value(self, key: str, patterns: str, module: str) -> Any:

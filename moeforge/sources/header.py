@@ -59,6 +59,8 @@ def _parse_entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     _check_name(name)
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"entry {name!r} lacks dtype, shape or data_offsets")
+    if extra := sorted(entry.keys() - {"dtype", "shape", "data_offsets"}):
+        raise ValueError(f"{name} has the unknown key {_short(extra[0])}")
     dtype = tensors.BY_CODE.get(str(entry["dtype"]))
     if entry["dtype"] in _BELOW_A_BYTE:
         raise ValueError(f"{name} is {entry['dtype']}, which is quantised below a byte")
