@@ -46,8 +46,7 @@ TUNING = Tuning(steps=40, batch=8)
 STOPPING = 8
 """Prompts of each expert, of those not drawn, that say when tuning stops."""
 ACTIVE = (1, 2, len(DOMAINS))
-DEFAULT = {"base": "fitted, off-policy", "average": "fitted, on-policy"}
-"""What `gate_mode: fitted` is by itself with the attention of each."""
+BASES = ("base", "average")
 TUNED = "fitted, tuned"
 
 
@@ -104,9 +103,8 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
     modes = [mode for mode in catalog.names("gates") if mode != "fitted"]
     made: dict[str, tuple[str, dict[str, Any]]] = {mode: (mode, {}) for mode in modes}
     made["fitted, ridge"] = ("fitted", {"method": "ridge"})
-    for policy, name in ((False, "off"), (True, "on")):
-        made[f"fitted, {name}-policy"] = ("fitted", {"on_policy": policy})
-    return made
+    made["fitted, off-policy"] = ("fitted", {"on_policy": False})
+    return {**made, "fitted": ("fitted", {})}
 
 
 def texts(models: Path) -> list[torch.Tensor]:
@@ -155,11 +153,12 @@ def mixtures(models: Path, scratch: Path, base: str, seed: int) -> list[Found]:
         more = {"gate_mode": mode, "gate_parameters": given, "seed": seed}
         recipe = mixture(models, base, prompts / "drawn", per_token, **more)
         with gate_input(prepare(recipe, offline=True), out, "cpu", lambda *told: None) as data:
-            if data.prompts and not data.on_policy and not walk:
+            grown = mode == "fitted" and data.on_policy
+            if data.prompts and not grown and not walk:
                 walk.extend(data.walk())
             made = gates.load(mode).build(replace(data, walk=lambda: iter(walk)))
         weights = made.weights_LEH if isinstance(made, Gates) else made
-        if mode != "fitted" or not data.on_policy:
+        if not grown:
             same[name] = weights
         return weights
 
@@ -176,10 +175,12 @@ def mixtures(models: Path, scratch: Path, base: str, seed: int) -> list[Found]:
 
         kept = {}
         for name in variants():
+            if base == "base" and name == "fitted, off-policy":
+                continue  # as it is by default where the base is one model
             kept[name] = same[name] if name in same else build(name, per_token, out)
             put(model, kept[name])
             measure(name)
-        put(model, kept[DEFAULT[base]])
+        put(model, kept["fitted"])
         tuned(model, prompts, seed)
         measure(TUNED)
     return found
@@ -211,7 +212,7 @@ def report(models: dict[str, tuple[float, ...]], found: list[Found]) -> str:
         wanted = (name, base, per_token)
         return sorted((f for f in found if f[:3] == wanted), key=lambda f: f.seed)
 
-    columns = [(base, per_token) for base in DEFAULT for per_token in ACTIVE]
+    columns = [(base, per_token) for base in BASES for per_token in ACTIVE]
     heads = [f"{base}, k={per_token}" for base, per_token in columns]
     names = [*variants(), TUNED]
     domains = [*DOMAINS, "mean"]
@@ -230,13 +231,13 @@ def report(models: dict[str, tuple[float, ...]], found: list[Found]) -> str:
 
     plain = statistics.fmean(models["average of the experts"])
     gaps = {
-        f"`fitted` - `{name}`": [gap(DEFAULT[c[0]], name, *c) for c in columns]
+        f"`fitted` - `{name}`": [gap("fitted", name, *c) for c in columns]
         for name in ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random")
     }
     gaps["`fitted` - average of the experts"] = [
-        spread([f.mean - plain for f in chosen(DEFAULT[c[0]], *c)], "+") for c in columns
+        spread([f.mean - plain for f in chosen("fitted", *c)], "+") for c in columns
     ]
-    gaps["tuned - `fitted`"] = [gap(TUNED, DEFAULT[c[0]], *c) for c in columns]
+    gaps["tuned - `fitted`"] = [gap(TUNED, "fitted", *c) for c in columns]
     parts += ["## Gaps, seed by seed", table(["gap", *heads], gaps)]
 
     for base, per_token in columns:
@@ -268,7 +269,7 @@ def main() -> None:
         with ProcessPoolExecutor(2, get_context("spawn")) as pool:
             jobs = [
                 pool.submit(mixtures, models, scratch, base, seed)
-                for base in DEFAULT
+                for base in BASES
                 for seed in range(given.seeds)
             ]
             plain = dense(models, scratch)
