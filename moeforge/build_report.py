@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 
-PICTURE = "routing.png"
-"""Name of the heat map in the output folder."""
 _PIECE = 1000
 """Characters of held-out text that run as one prompt."""
 _PIECES = 20
@@ -80,8 +78,8 @@ def measure_and_tell(
         from moeforge.proof.route_map import draw
         from moeforge.proof.route_summary import as_markdown
 
-        draw(routing, work / PICTURE)
-        shown = as_markdown(routing, PICTURE)
+        draw(routing, work / card.PICTURE)
+        shown = as_markdown(routing, card.PICTURE)
     recipe, tables = prepared.loaded.document.text, heldout.tables() if heldout else []
     text = card.render(plan, card.Card(name, recipe, tables, shown))
     (work / "README.md").write_text(text, encoding="utf-8")

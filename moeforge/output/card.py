@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from moeforge import methods
 from moeforge.plans import ROUTERS, Merge, Plan, walk
@@ -20,6 +21,8 @@ _CODE = (
 )
 
 _ROUTING = "## Where tokens go"
+PICTURE = "routing.png"
+"""The heat map beside the card, which shows it."""
 
 
 @dataclass(frozen=True)
@@ -152,3 +155,15 @@ def render(plan: Plan, card: Card) -> str:
         f"```yaml\n{card.recipe.rstrip()}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def forget_routing(folder: Path) -> None:
+    """Remove from the card in `folder` where tokens go, and its heat map: the routers changed."""
+    file = folder / "README.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    start = text.find(f"{_ROUTING}\n")
+    if start < 0:
+        return
+    end = text.find("\n## ", start) + 1 or len(text)
+    file.write_text(text[:start] + text[end:], encoding="utf-8")
+    (folder / PICTURE).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge.dense import max_positions
 from moeforge.errors import BuildError, Finding
+from moeforge.output.card import forget_routing
 from moeforge.output.folder import refuse_existing, staging
 from moeforge.plans import Plan
 from moeforge.prepare import Prepared
@@ -101,6 +102,8 @@ def tune(
         before = write.fingerprint(source, places)
         write.copy_checkpoint(source, work)
         tuned = _finish(work, target, wish, made, places, before, began)
+        if tuned.step:
+            forget_routing(work)
         tell_card(work / "README.md", tuned)
     return tuned
 
