@@ -73,7 +73,9 @@ def rebuild(
     path = path / NAME if path.is_dir() else path
     data = read_lock(path)
     loaded = _recipe(data, path, Path(root))
-    changed = list(_changed_files(data["files"], loaded))
+    changed = [*_absent(data["inputs"], loaded), *_changed_files(data["files"], loaded)]
+    if any(finding.fix for finding in changed):  # nothing that is not there can be opened
+        raise SourceError(*changed)
     plan = prepare(loaded, offline=offline).plan
     unsure: list[str] = []
     for source in inputs(plan):
@@ -122,6 +124,14 @@ def _recipe(data: Mapping[str, Any], path: Path, root: Path) -> recipe.LoadedRec
         raise SourceError(Finding(what, "Build a changed recipe with `moeforge build`."))
     commits = {key: entry["commit"] for key, entry in data["inputs"].items() if entry.get("commit")}
     return replace(recipe.parse(text, root, data["name"]), commits=commits)
+
+
+def _absent(wanted: Mapping[str, Any], loaded: recipe.LoadedRecipe) -> Iterator[Finding]:
+    """Yield the inputs on this machine that are not where the recipe says."""
+    for key, entry in wanted.items():
+        if not entry.get("commit") and not loaded.find(key).exists():
+            what = f"{key} is not there (looked in {loaded.folder} and .)"
+            yield Finding(what, "--root names the folder that the recipe lay in.")
 
 
 def _changed_files(wanted: Mapping[str, Any], loaded: recipe.LoadedRecipe) -> Iterator[Finding]:

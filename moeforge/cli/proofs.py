@@ -60,8 +60,8 @@ def verify(
             for finding in found.notes:
                 if finding.warning:
                     note(finding)
-            for finding in found.errors:
-                print(f"error: {finding}", file=sys.stderr)
+        for finding in found.errors:
+            print(f"error: {finding}", file=sys.stderr)
         raise typer.Exit(0 if found.ok else BuildError.exit_code)
 
 

@@ -13,10 +13,12 @@ from moeforge.proof.verify.checks import OK, Check, judged, skipped
 from moeforge.sources.folder import INDEX, SINGLE, FolderSource, read_json
 from moeforge.sources.header import read_header
 from moeforge.vocabulary import chat
-from moeforge.vocabulary.change import ID_ENDINGS
 
-_UNUSED = ("cls_token_id", "sep_token_id")
-"""Ids that tokenizers know better, and that decoders inherit from the defaults of encoders."""
+_IDS = tuple(
+    f"{role}_token_id"
+    for role in ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")
+)
+"""Ids that generation uses; those of images and of encoders are often defaults nobody reads."""
 _AGAIN = "Build or download the checkpoint again."
 
 
@@ -98,7 +100,7 @@ def check_special_ids(source: FolderSource) -> Check:
     found = 0
     for place, data in places:
         for key, value in data.items():
-            if not key.endswith(ID_ENDINGS) or key in _UNUSED:
+            if key not in _IDS:
                 continue
             for index in value if isinstance(value, list) else [value]:
                 found += isinstance(index, int)
