@@ -158,7 +158,9 @@ def build(
             plan = replace(plan, sources={**plan.sources, ROUTERS: routers.source})
             fits = routers.fits
         total = plan.nbytes
-        engine.run(plan, shards, work, settings, lambda done: progress("tensors", done, total))
+        sealed = engine.run(
+            plan, shards, work, settings, lambda done: progress("tensors", done, total)
+        )
         folder.write_json(work / "config.json", plan.config)
         for name, code in plan.code.items():
             (work / name).write_text(code, encoding="utf-8")
@@ -177,7 +179,9 @@ def build(
             prepared, plan, work, target.name, tuned, progress, note
         )
         asked = vouch.Asked(device, shard_size, memory, verify, hash_inputs)
-        verified = vouch.vouch(prepared, plan, work, asked, {}, progress, note)
+        if tuned:
+            sealed = {}  # the routers in them were written over
+        verified = vouch.vouch(prepared, plan, work, asked, sealed, progress, note)
     seconds = time.perf_counter() - began
     return Result(target, plan, seconds, found.heldout, fits, tuned, found.routing, verified)
 

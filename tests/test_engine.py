@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from safetensors.torch import load_file
 import moeforge
 from moeforge import engine, forge
 from moeforge.engine import Settings, jobs, processes
-from moeforge.engine.jobs import CHUNK, copy_range
+from moeforge.engine.jobs import CHUNK
 from moeforge.methods import _select
 from moeforge.output.layout import lay_out
+from moeforge.output.system import copy_range
 from moeforge.plans import (
     Concat,
     Fill,
@@ -109,7 +111,6 @@ def test_empty_and_scalar_tensors(tmp_path):
 
 def test_copies_fall_back_where_the_kernel_cannot(tmp_path, monkeypatch):
     import errno
-    import os
 
     data = os.urandom(3_000_000)
     (tmp_path / "in").write_bytes(data)
@@ -225,9 +226,9 @@ def workers(monkeypatch):
     monkeypatch.setattr(_select, "SMALL", 2**12)
     used, real = [], processes.run
 
-    def spy(work, make_state, count, progress):
+    def spy(work, make_state, count, *others):
         used.append(count)
-        real(work, make_state, count, progress)
+        real(work, make_state, count, *others)
 
     monkeypatch.setattr(processes, "run", spy)
     return used
@@ -303,14 +304,19 @@ def test_bytes_do_not_depend_on_processes_threads_or_slices(kind, workers, tmp_p
         assert threading.active_count() == before
 
 
+def no_threads(*_):
+    raise NotImplementedError
+
+
 @pytest.mark.parametrize(("kind", "forks"), [("ties", True), ("lora", False), ("nested", False)])
 def test_after_threads_that_multiply_nothing_is_forked_that_does(
     kind, forks, workers, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(engine.threads, "multiplied", True)
-    monkeypatch.setattr(engine.Pool, "run", lambda *_: None)
-    built_parts = several(PLANS[kind])
-    engine.run(built_parts, lay_out(built_parts.tensors), tmp_path, Settings(threads=2))
+    monkeypatch.setattr(engine.Pool, "run", no_threads)
+    parts = several(PLANS[kind])
+    with nullcontext() if forks else pytest.raises(NotImplementedError):
+        engine.run(parts, lay_out(parts.tensors), tmp_path, Settings(threads=2))
     assert bool(workers) is forks
 
 

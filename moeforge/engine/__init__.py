@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from moeforge import workers as threads
 from moeforge.engine import processes
 from moeforge.engine.jobs import CopyJob, MergeJob, jobs_of
 from moeforge.engine.pool import Pool
+from moeforge.engine.seal import Sealer
 from moeforge.engine.writer import OutputFiles
 from moeforge.methods import BLOCK, CHUNK
 from moeforge.output.layout import Shard
@@ -35,6 +36,7 @@ from moeforge.plans import (
     pieces,
     walk,
 )
+from moeforge.sealed import Sealed
 
 MIN_SLICE, DEFAULT_SLICE = 2**16, 2**17
 """Elements per slice; the default is the fastest measured: see docs/architecture.md."""
@@ -131,8 +133,10 @@ def run(
     folder: Path,
     settings: Settings,
     progress: Callable[[int], None] = lambda done: None,
-) -> None:
-    """Write the shards of `plan` into `folder`.
+    kept: Mapping[str, Sealed] | None = None,
+    sealed: Callable[[str, Sealed], None] = lambda name, seal: None,
+) -> dict[str, Sealed]:
+    """Write the shards of `plan` into `folder`, and see them onto the disk.
 
     Args:
         plan: what to make; its router source must exist.
@@ -140,40 +144,69 @@ def run(
         folder: an existing folder.
         settings: how.
         progress: called now and then, by this thread, with the bytes written so far.
+        kept: shards that are finished already and are left alone.
+        sealed: told each other shard as soon as it is finished, by some thread.
+
+    Returns:
+        What is known of every shard, by name.
 
     Raises:
-        BuildError: reading, computing or writing failed; says which tensor.
+        BuildError: reading, computing or writing failed, or a value is not finite; says which
+            tensor.
     """
-    with OutputFiles(folder, shards) as files:
-        jobs = jobs_of(plan, shards, files)
-        if all(isinstance(job, CopyJob) for job in jobs):
-            Pool(settings.workers, progress).run(jobs, lambda: None)
-            return
-        for source in plan.sources.values():
-            # What lies on the Hub is fetched now, once, and not by each worker.
-            for name in list(source.specs())[:1]:
-                source.locate(name)
-        import torch
+    had = dict(kept or {})
+    wanted = tuple(shard for shard in shards if shard.name not in had)
+    had_bytes = sum(e.tensor.spec.nbytes for s in shards if s.name in had for e in s.entries)
+    with OutputFiles(folder, wanted) as files:
+        jobs = jobs_of(plan, wanted, files)
+        with Sealer(folder, wanted, jobs, settings.workers, sealed) as sealer:
 
-        from moeforge.engine.evaluate import Evaluator
+            def told(done: int) -> None:
+                sealer.check()
+                progress(had_bytes + done)
 
-        size = settings.slice_for(plan)
+            _do(plan, jobs, settings, told, sealer)
+            return {**had, **sealer.finish()}
 
-        def make_state() -> Evaluator:
-            return Evaluator(plan, size, settings.device)
 
-        elements = sum(job.size for job in jobs)
-        workers = min(settings.workers, len(jobs), -(-elements // CHUNK))
-        forks = processes.AVAILABLE and not (threads.multiplied and multiplies(plan))
-        if workers > 1 and settings.device == "cpu" and forks:
-            processes.run(jobs, make_state, workers, progress)
-            return
-        threads.multiplied = threads.multiplied or (workers > 1 and multiplies(plan))
-        before = torch.get_num_threads()
-        try:
-            Pool(workers, progress).run(jobs, make_state)
-        finally:
-            torch.set_num_threads(before)  # a worker takes one thread for itself
+def _do(
+    plan: Plan,
+    jobs: list[CopyJob | MergeJob],
+    settings: Settings,
+    progress: Callable[[int], None],
+    sealer: Sealer,
+) -> None:
+    """Do all `jobs`, by threads or processes."""
+    if all(isinstance(job, CopyJob) for job in jobs):
+        sealer.start()
+        Pool(settings.workers, progress, sealer.complete).run(jobs, lambda: None)
+        return
+    for source in plan.sources.values():
+        # What lies on the Hub is fetched now, once, and not by each worker.
+        for name in list(source.specs())[:1]:
+            source.locate(name)
+    import torch
+
+    from moeforge.engine.evaluate import Evaluator
+
+    size = settings.slice_for(plan)
+
+    def make_state() -> Evaluator:
+        return Evaluator(plan, size, settings.device)
+
+    elements = sum(job.size for job in jobs)
+    workers = min(settings.workers, len(jobs), -(-elements // CHUNK))
+    forks = processes.AVAILABLE and not (threads.multiplied and multiplies(plan))
+    if workers > 1 and settings.device == "cpu" and forks:
+        processes.run(jobs, make_state, workers, progress, sealer.start, sealer.complete)
+        return
+    threads.multiplied = threads.multiplied or (workers > 1 and multiplies(plan))
+    before = torch.get_num_threads()
+    try:
+        sealer.start()
+        Pool(workers, progress, sealer.complete).run(jobs, make_state)
+    finally:
+        torch.set_num_threads(before)  # a worker takes one thread for itself
 
 
 def multiplies(plan: Plan) -> bool:

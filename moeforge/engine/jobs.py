@@ -7,14 +7,14 @@ take.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moeforge import methods
-from moeforge.engine.writer import OutputFiles
+from moeforge.engine.failures import OddValues, short, whence
 from moeforge.methods import CHUNK, RUN, Measurement, Place, Scan
 from moeforge.output.layout import Shard
 from moeforge.plans import Expr, Merge, Plan, Read, inputs, pieces, walk
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from moeforge.engine.evaluate import Evaluator
     from moeforge.engine.rows import Whole
 
-COPY_CHUNK = 2**26
-"""Bytes per call of copy_file_range: short enough for progress and Ctrl-C."""
+COPY_WINDOW = 2**18
+"""Bytes copied at a time: they stay in the cache while they are looked at, and written."""
 
 SAMPLE, COARSE = 2**17, 32
 """Elements of a sample; and the runs that it is made of where runs cannot be short."""
@@ -50,6 +50,9 @@ class Job(Protocol):
     def size(self) -> int:
         """How much work it is, in bytes read, about."""
 
+    def describe(self) -> str:
+        """Say what it is made of, for messages."""
+
     def chunks(self) -> Iterator[Callable[[Evaluator | None, Report], None]]:
         """Yield the parts of the present phase; they may run in any order, at the same time."""
 
@@ -63,14 +66,19 @@ class CopyJob:
 
     name: str
     span: FileSpan
+    dtype: DType
     shard: str
     offset: int
-    files: OutputFiles
+    files: Sink
 
     @property
     def size(self) -> int:
         """Bytes to copy."""
         return self.span.nbytes
+
+    def describe(self) -> str:
+        """Say what it is."""
+        return f"copied from {self.span.path}"
 
     def chunks(self) -> Iterator[Callable[[Evaluator | None, Report], None]]:
         """Yield one copy: threads are better used on different tensors."""
@@ -81,39 +89,32 @@ class CopyJob:
         return False
 
     def _copy(self, report: Report) -> None:
-        target = self.files.descriptor(self.shard)
+        odd, buffer = OddValues(self.dtype), memoryview(bytearray(COPY_WINDOW))
         source = os.open(self.span.path, os.O_RDONLY)
         try:
-            done = 0
-            while done < self.span.nbytes:
-                count = copy_range(
-                    source,
-                    target,
-                    min(COPY_CHUNK, self.span.nbytes - done),
-                    self.span.offset + done,
-                    self.offset + done,
-                )
-                if not count:
-                    raise OSError(f"{self.span.path} ended early")
-                done += count
-                report(count)
+            for done in range(0, self.span.nbytes, COPY_WINDOW):
+                data = buffer[: self.span.nbytes - done]
+                read_all(source, data, self.span.offset + done, self.span.path)
+                odd.look(data)
+                self.files.write(self.shard, data, self.offset + done)
+                report(len(data))
         finally:
             os.close(source)
+        odd.refuse(self.name, lambda: f"it is {self.describe()}, which has them")
 
 
-_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+def read_all(source: int, out: memoryview, start: int, path: Path) -> None:
+    """Fill `out` from byte `start` of a file on, however little comes at a time.
 
-
-def copy_range(source: int, target: int, count: int, start: int, to: int) -> int:
-    """Copy up to `count` bytes between descriptors, in the kernel where it can; return how many."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source, target, count, start, to)
-        except OSError as error:
-            if error.errno not in _NO_KERNEL_COPY:
-                raise
-    data = os.pread(source, min(count, 2**20), start)
-    return os.pwrite(target, data, to) if data else 0
+    Raises:
+        OSError: it cannot be read, or ends before.
+    """
+    done = 0
+    while done < len(out):
+        count = os.preadv(source, [out[done:]], start + done)
+        if not count:
+            raise OSError(f"{path} ended early")
+        done += count
 
 
 @dataclass
@@ -139,6 +140,7 @@ class MergeJob:
         shard: file that the piece lies in.
         offset: byte in it where the piece begins.
         files: where the bytes go.
+        odd: counts what is not finite; None where that does not matter.
     """
 
     name: str
@@ -149,6 +151,7 @@ class MergeJob:
     shard: str
     offset: int
     files: Sink
+    odd: OddValues | None = None
 
     def __post_init__(self) -> None:
         self._levels = measured_levels(self.expr)
@@ -161,6 +164,10 @@ class MergeJob:
     def size(self) -> int:
         """Elements of all inputs."""
         return self.numel * sum(isinstance(part, Read) for part in walk(self.expr))
+
+    def describe(self) -> str:
+        """Say what it is computed from."""
+        return short(self.plan, self.expr)
 
     @property
     def _whole(self) -> Whole:
@@ -199,6 +206,8 @@ class MergeJob:
         if not self._running:
             if self._made is not None:
                 self._made.clear()
+            if self.odd is not None:
+                self.odd.refuse(self.name, lambda: whence(self.plan, self.expr, self.dtype))
             return False
         before, self._running = self._running, []
         for job in before:
@@ -253,6 +262,8 @@ class MergeJob:
         for begin, data in worker.produce(
             self.expr, self._working, self.dtype, self._whole, start, count
         ):
+            if self.odd is not None:
+                self.odd.look(data)
             self.files.write(self.shard, data, self.offset + begin * size)
             report(len(data))
 
@@ -303,7 +314,7 @@ def _span(plan: Plan, expr: Expr, spec: TensorSpec) -> FileSpan | None:
     return FileSpan(whole.path, whole.offset + start * spec.dtype.itemsize, spec.nbytes)
 
 
-def jobs_of(plan: Plan, shards: tuple[Shard, ...], files: OutputFiles) -> list[CopyJob | MergeJob]:
+def jobs_of(plan: Plan, shards: Sequence[Shard], files: Sink) -> list[CopyJob | MergeJob]:
     """Return the jobs of `plan` in the order of the output."""
     jobs: list[CopyJob | MergeJob] = []
     for shard in shards:
@@ -312,11 +323,13 @@ def jobs_of(plan: Plan, shards: tuple[Shard, ...], files: OutputFiles) -> list[C
             for expr, spec in pieces(entry.tensor):
                 name, span = entry.tensor.name, _span(plan, expr, spec)
                 if span:
-                    jobs.append(CopyJob(name, span, shard.name, offset, files))
+                    jobs.append(CopyJob(name, span, spec.dtype, shard.name, offset, files))
                 else:
                     jobs.append(
                         MergeJob(
-                            name, expr, spec.numel, spec.dtype, plan, shard.name, offset, files
+                            *(name, expr, spec.numel, spec.dtype, plan, shard.name, offset),
+                            files,
+                            OddValues(spec.dtype),
                         )
                     )
                 offset += spec.nbytes

@@ -6,10 +6,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from moeforge.engine.failures import explain
 from moeforge.engine.jobs import Job
-from moeforge.errors import BuildError, Finding, MoeforgeError
 
 if TYPE_CHECKING:
     from moeforge.engine.evaluate import Evaluator
@@ -26,10 +26,17 @@ class Pool:
     Args:
         workers: number of threads; the only one is the calling thread.
         progress: called by the thread that calls `run`, with the bytes written so far.
+        complete: told each job that is done, by the thread that did the last of it.
     """
 
-    def __init__(self, workers: int, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        workers: int,
+        progress: Callable[[int], None],
+        complete: Callable[[Any], None] = lambda job: None,
+    ) -> None:
         self._workers = workers
+        self._complete = complete
         self._progress = progress
         self._queue: deque[tuple[Job, Chunk]] = deque()
         self._pending: dict[int, int] = {}
@@ -96,12 +103,11 @@ class Pool:
             self._progress(self._done)
 
     def _work(self, make_state: Callable[[], Evaluator | None]) -> None:
-        name = ""
+        job: Job | None = None
         try:
             state = make_state()
             while (item := self._next()) is not None:
                 job, chunk = item
-                name = job.name
                 chunk(state, self._report)
                 with self._change:
                     self._pending[id(job)] -= 1
@@ -113,13 +119,15 @@ class Pool:
         except BaseException as error:
             with self._change:
                 if self._error is None and not self._stop:
-                    self._error = explain(error, name)
+                    self._error = explain(error, job)
                 self._stop = True
                 self._change.notify_all()
 
     def _advance(self, job: Job) -> None:
         # What a phase found is put together here, while the other workers go on with other jobs.
         more = job.advance()
+        if not more:
+            self._complete(job)
         with self._change:
             del self._pending[id(job)]
             if more:
@@ -135,13 +143,3 @@ class Pool:
                     return None
                 self._change.wait()
             return None
-
-
-def explain(error: BaseException, tensor: str) -> MoeforgeError:
-    """Return what to raise for an error that came up while `tensor` was made."""
-    if isinstance(error, MoeforgeError):
-        return error
-    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-    explained = BuildError(Finding(f"{tensor}: {kind}{error}", "Nothing was published."))
-    explained.__cause__ = error
-    return explained

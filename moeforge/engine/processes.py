@@ -16,15 +16,16 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
+from moeforge.engine.failures import explain
 from moeforge.engine.jobs import Job
-from moeforge.engine.pool import explain
 from moeforge.errors import BuildError, Finding
 
 if TYPE_CHECKING:
     from moeforge.engine.evaluate import Evaluator
 
-_POLL = 0.1
+_POLL = 0.05
 """Seconds between two looks at the progress."""
+_ASKED_TO_STOP = [signal.SIGINT, signal.SIGTERM]
 
 AVAILABLE = sys.platform == "linux"
 """Elsewhere a process with torch in it cannot be forked safely, or not at all."""
@@ -35,14 +36,18 @@ def run(
     make_state: Callable[[], Evaluator],
     workers: int,
     progress: Callable[[int], None],
+    started: Callable[[], None] = lambda: None,
+    complete: Callable[[Any], None] = lambda job: None,
 ) -> None:
-    """Do all `jobs`, the largest first.
+    """Do all `jobs`: the few that are large first, the others in their order.
 
     Args:
         jobs: what to do.
         make_state: called once in each worker; what it returns is handed to its chunks.
         workers: number of processes.
         progress: called by this process, with the bytes written so far.
+        started: called when all workers are forked; threads may be started from then on.
+        complete: told each job that is done.
 
     Raises:
         BuildError: a job failed, or a worker was killed; says which tensor, or which signal.
@@ -50,8 +55,9 @@ def run(
     context = multiprocessing.get_context("fork")
     taken, done = context.Value("q", 0), context.RawArray("q", workers)
     failures = context.SimpleQueue()
-    order = sorted(range(len(jobs)), key=lambda number: -jobs[number].size)
-    shared = (jobs, order, make_state, taken, done, failures, os.getpid())
+    finished = context.RawArray("b", len(jobs))
+    order = _order(jobs, workers)
+    shared = (jobs, order, make_state, taken, done, finished, failures, os.getpid())
     processes = [
         context.Process(target=_work, args=(number, *shared), daemon=True)
         for number in range(workers)
@@ -61,16 +67,20 @@ def run(
             # Python warns of forking beside threads; ours only draw the progress.
             warnings.simplefilter("ignore", DeprecationWarning)
             # Held back until a worker has said that it leaves Ctrl-C to its parent.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED_TO_STOP)
             try:
                 for process in processes:
                     process.start()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        running = list(processes)
+        started()
+        running, told = list(processes), set[int]()
         while running:
             wait([process.sentinel for process in running], _POLL)
             progress(sum(done))
+            for number in [n for n in range(len(jobs)) if finished[n] and n not in told]:
+                told.add(number)
+                complete(jobs[number])
             running = [process for process in running if process.exitcode is None]
             if any(process.exitcode for process in processes):
                 break
@@ -85,6 +95,18 @@ def run(
             if process.pid is not None:
                 process.kill()
                 process.join()
+
+
+def _order(jobs: Sequence[Job], workers: int) -> list[int]:
+    """Return the numbers of `jobs` in the order in which they are taken.
+
+    A large one at the end would leave the other workers idle; else files are completed one after
+    the other, so that they can be hashed meanwhile.
+    """
+    large = sum(job.size for job in jobs) / (8 * workers)
+    first = [n for n, job in enumerate(jobs) if job.size > large]
+    first.sort(key=lambda number: -jobs[number].size)
+    return [*first, *(n for n, job in enumerate(jobs) if job.size <= large)]
 
 
 def _killed(code: int) -> Finding:
@@ -102,19 +124,21 @@ def _work(
     make_state: Callable[[], Evaluator],
     taken: Any,
     done: Any,
+    finished: Any,
     failures: Any,
     parent: int,
 ) -> None:
     """Take jobs until none is left; run in a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    for asked in _ASKED_TO_STOP:
+        signal.signal(asked, signal.SIG_IGN)  # the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED_TO_STOP)
 
     def report(count: int) -> None:
         done[number] += count
         if os.getppid() != parent:  # it was killed: nobody wants the result
             os._exit(1)
 
-    name = ""
+    job: Job | None = None
     try:
         state = make_state()
         while True:
@@ -124,14 +148,14 @@ def _work(
             if place >= len(order):
                 return
             job = jobs[order[place]]
-            name = job.name
             more = True
             while more:
                 for chunk in job.chunks():
                     chunk(state, report)
                     report(0)
                 more = job.advance()
+            finished[order[place]] = 1
     except BaseException as error:
-        failure = explain(error, name)
+        failure = explain(error, job)
         failures.put((type(failure), getattr(failure, "findings", (str(failure),))))
         os._exit(1)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from moeforge.errors import BuildError, Finding
 from moeforge.output.layout import Shard
+from moeforge.output.system import FULL, allocate
 
 
 class OutputFiles:
@@ -17,18 +21,25 @@ class OutputFiles:
         shards: their names, headers and sizes.
     """
 
-    def __init__(self, folder: Path, shards: tuple[Shard, ...]) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
         self._folder = folder
         self._shards = shards
         self._descriptors: dict[str, int] = {}
 
     def __enter__(self) -> OutputFiles:
-        for shard in self._shards:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-            descriptor = os.open(self._folder / shard.name, flags, 0o644)
-            self._descriptors[shard.name] = descriptor
-            os.truncate(descriptor, shard.nbytes)
-            self.write(shard.name, memoryview(shard.header), 0)
+        try:
+            for shard in self._shards:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                descriptor = os.open(self._folder / shard.name, flags, 0o644)
+                self._descriptors[shard.name] = descriptor
+                try:
+                    allocate(descriptor, shard.nbytes)
+                except OSError as error:
+                    raise self._explain(error) from error
+                self.write(shard.name, memoryview(shard.header), 0)
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(
@@ -37,16 +48,38 @@ class OutputFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
 
-    def descriptor(self, shard: str) -> int:
-        """Return the open descriptor of file `shard`."""
-        return self._descriptors[shard]
-
     def write(self, shard: str, data: memoryview, offset: int) -> None:
-        """Write all of `data` at byte `offset` of file `shard`."""
+        """Write all of `data` at byte `offset` of file `shard`.
+
+        Raises:
+            BuildError: the disk is full.
+            OSError: it refuses for another reason.
+        """
         while data:
-            count = os.pwrite(self._descriptors[shard], data, offset)
+            try:
+                count = os.pwrite(self._descriptors[shard], data, offset)
+            except OSError as error:
+                raise self._explain(error) from error
             data, offset = data[count:], offset + count
+
+    def _explain(self, error: OSError) -> OSError | BuildError:
+        if error.errno not in FULL:
+            return error
+        needed = sum(shard.nbytes for shard in self._shards)
+        # What this build has taken already is not free any more, and counts as had.
+        taken = sum(os.fstat(d).st_blocks * 512 for d in self._descriptors.values())
+        free = shutil.disk_usage(self._folder).free + taken
+        where = self._folder.parent.parent
+        what = (
+            f"the disk is full: {len(self._shards)} files of {needed / 1e9:.3f} GB are to be "
+            f"written, {where} has {free / 1e9:.3f} GB for them"
+        )
+        fix = "Free some, choose another disk with -o, or a smaller dtype. Nothing was published."
+        return BuildError(Finding(what, fix))

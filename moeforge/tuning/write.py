@@ -131,7 +131,7 @@ def copy_checkpoint(folder: Path, to: Path) -> None:
 
 def _copy(source: Any, target: Any) -> None:
     """Copy a file in the kernel, which shares the blocks where the file system can."""
-    from moeforge.engine.jobs import COPY_CHUNK, copy_range
+    from moeforge.output.system import COPY_CHUNK, copy_range
 
     reading = os.open(source, os.O_RDONLY)
     try:
