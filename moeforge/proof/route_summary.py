@@ -21,9 +21,9 @@ _NAMED = 6
 
 
 def _title(report: RouteReport) -> str:
-    what = "the experts' prompts" if report.mapping == "given" else "text"
-    alike = ", all domains alike" if len(report.domains) > 1 else ""
-    return f"Where the tokens of {what} go: {report.tokens} tokens{alike}, mean over layers"
+    what = "the experts' prompts" if report.mapping == "given" else "texts"
+    alike = ", domains alike" if len(report.domains) > 1 else ""
+    return f"Where {what} go: {report.tokens} tokens{alike}, mean over layers"
 
 
 def _columns(report: RouteReport) -> list[str]:
