@@ -319,21 +319,25 @@ COMMANDS = {
 }
 
 
-def with_code(folder, sentinel, kind):
-    """Let config and tokenizer name code that lies beside them."""
+def with_code(folder, sentinel, kind, *, tokenizer):
+    """Let the config, and the tokenizer too, name code that lies beside them."""
     (folder / "evil.py").write_text(EVIL.format(sentinel=str(sentinel)))
     names = ("AutoConfig", "AutoModelForCausalLM", "AutoModel")
     edit_config(folder, model_type=kind, auto_map=dict.fromkeys(names, "evil.Evil"))
+    if not tokenizer:
+        return
+    (folder / "tokenizer.json").unlink()  # or else nobody would look for another kind
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     path.write_text(json.dumps({**config, "tokenizer_class": "Evil"}))
 
 
+@pytest.mark.parametrize("tokenizer", [True, False], ids=["tokenizer", "config"])
 @pytest.mark.parametrize("kind", ["llama", "strange"])
-def test_code_of_a_model_is_never_run_unasked(kind, stranger, llamas, tmp_path, hurry):
+def test_code_of_a_model_is_never_run_unasked(kind, tokenizer, stranger, llamas, tmp_path, hurry):
     sentinel = tmp_path / "ran"
-    with_code(stranger, sentinel, kind)
+    with_code(stranger, sentinel, kind, tokenizer=tokenizer)
     text = tmp_path / "text.txt"
     text.write_text("one\n\ntwo\n\nthree")
     prompts = {"gate_mode": "hidden"}
@@ -359,9 +363,7 @@ def test_code_of_a_model_is_never_run_unasked(kind, stranger, llamas, tmp_path, 
 
 def test_the_sentinel_is_tripped_where_code_is_trusted(stranger, tmp_path, hurry):
     """Else the test above could not fail."""
-    spoken = (stranger / "tokenizer_config.json").read_bytes()
-    with_code(stranger, tmp_path / "ran", "strange")
-    (stranger / "tokenizer_config.json").write_bytes(spoken)
+    with_code(stranger, tmp_path / "ran", "strange", tokenizer=False)
     (tmp_path / "text.txt").write_text("one two three")
     from moeforge.proof.perplexity import compare
 

@@ -60,7 +60,9 @@ def damage(backend: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         config: content of tokenizer_config.json.
     """
     model = backend.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(model, dict):
+        return "tokenizer.json has no vocabulary"
+    vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         odd = next((token for token, index in vocabulary.items() if not _is_id(index)), None)
         if odd is not None:
