@@ -94,12 +94,12 @@ def test_the_report_counts_what_transformers_routes(architecture, recipe, tmp_pa
 
 def test_the_same_build_says_the_same(recipe, tmp_path, monkeypatch):
     files = []
-    for name, size in (("a", 10.0), ("b", 30.0)):
-        monkeypatch.setitem(matplotlib.rcParams, "font.size", size)  # a user's own settings
+    for name, colour in (("a", "white"), ("b", "pink")):
+        monkeypatch.setitem(matplotlib.rcParams, "figure.facecolor", colour)  # a user's settings
         moeforge.build(recipe(), tmp_path / name / "out")
         folder = tmp_path / name / "out"
         files.append([(folder / file).read_bytes() for file in ("routing.png", "README.md")])
-        assert matplotlib.rcParams["font.size"] == size
+        assert matplotlib.rcParams["figure.facecolor"] == colour
     assert files[0] == files[1]
 
 
