@@ -15,12 +15,15 @@ from moeforge import build_report, engine, targets, tuning, vouch
 from moeforge.engine import Settings
 from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
 from moeforge.output import folder
-from moeforge.output.layout import DEFAULT_SHARD_SIZE, index, lay_out
+from moeforge.output.fingerprint import fingerprint
+from moeforge.output.journal import Journal, building
+from moeforge.output.layout import DEFAULT_SHARD_SIZE, Shard, index, lay_out
+from moeforge.output.staging import refuse_existing
 from moeforge.plans import ROUTERS, Plan
-from moeforge.prepare import prepare
+from moeforge.prepare import Prepared, prepare
 from moeforge.prompting import with_selection
 from moeforge.recipe import LoadedRecipe
-from moeforge.routers import compute_routers
+from moeforge.routers import Routers, compute_routers, packed, unpacked
 
 if TYPE_CHECKING:
     from moeforge.gates import LayerFit
@@ -144,9 +147,11 @@ def build(
         note(finding)
     settings = Settings(threads=threads, memory=memory, device=device)
     shards, fits = lay_out(plan.tensors, shard_size), tuple["LayerFit", ...]()
-    folder.refuse_existing(target, overwrite=overwrite)
-    _check_room(plan, settings, target)
-    with folder.staging(target, overwrite=overwrite) as work:
+    refuse_existing(target, overwrite=overwrite)
+    identity = _fingerprint(prepared, shards, device)
+    with building(target, identity, overwrite=overwrite, note=note) as journal:
+        work = journal.folder
+        _check_room(plan, settings, target, sum(seal.nbytes for seal in journal.kept.values()))
         folder.copy_companions(plan.donor.folder, work)
         if plan.tokenizer:
             plan.tokenizer.write(work)
@@ -154,13 +159,12 @@ def build(
             prepared = with_selection(
                 prepared, device=device, offline=offline, progress=progress, note=note
             )
-            routers = compute_routers(prepared, work, device, progress)
+            routers = _routers(prepared, journal, device, progress)
             plan = replace(plan, sources={**plan.sources, ROUTERS: routers.source})
             fits = routers.fits
         total = plan.nbytes
-        sealed = engine.run(
-            plan, shards, work, settings, lambda done: progress("tensors", done, total)
-        )
+        told = lambda done: progress("tensors", done, total)  # noqa: E731
+        sealed = engine.run(plan, shards, work, settings, told, journal.kept, journal.add)
         folder.write_json(work / "config.json", plan.config)
         for name, code in plan.code.items():
             (work / name).write_text(code, encoding="utf-8")
@@ -186,9 +190,27 @@ def build(
     return Result(target, plan, seconds, found.heldout, fits, tuned, found.routing, verified)
 
 
-def _check_room(plan: Plan, settings: Settings, target: Path) -> None:
+def _fingerprint(prepared: Prepared, shards: tuple[Shard, ...], device: str) -> str:
+    """Return what tells whether files of an earlier run are those that this build would make."""
+    recipe, more = prepared.loaded.recipe, list[str]()
+    if prepared.plan.experts:
+        later = {"evaluate": None, "tune": None}  # what is done when the weights are there
+        more = [repr(recipe.model_copy(update=later)), repr(prepared.prompts)]
+    return fingerprint(prepared.plan, shards, device.split(":")[0], more)
+
+
+def _routers(prepared: Prepared, journal: Journal, device: str, progress: Progress) -> Routers:
+    """Return the router weights: those of an earlier run of this build, or new ones."""
+    if journal.routers is not None:
+        return unpacked(journal.routers)
+    routers = compute_routers(prepared, journal.folder, device, progress)
+    journal.keep_routers(packed(routers))
+    return routers
+
+
+def _check_room(plan: Plan, settings: Settings, target: Path, kept: int) -> None:
     """Refuse what cannot fit on the disk or in the memory that it may take."""
-    needed, free = plan.nbytes / 1e9, engine.free_space(target) / 1e9
+    needed, free = (plan.nbytes - kept) / 1e9, engine.free_space(target) / 1e9
     if needed > free:
         where = target.absolute().parent
         what = f"the output takes {needed:.2f} GB, {where} has {free:.2f} GB free"

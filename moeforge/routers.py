@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeforge import families, gates
 from moeforge.configs import n_layers
@@ -232,3 +233,30 @@ def _as_source(gates: Mapping[str, Tensor]) -> Source:
 
     specs = {name: TensorSpec(FLOAT32, tuple(gate.shape)) for name, gate in gates.items()}
     return MemorySource(ROUTERS, {n: (specs[n], raw(gate)) for n, gate in gates.items()})
+
+
+def packed(routers: Routers) -> bytes:
+    """Return router weights and what is known of them as bytes: a line of JSON, and the weights."""
+    specs, data = routers.source.specs(), bytearray()
+    for name, spec in specs.items():
+        part = bytearray(spec.nbytes)
+        routers.source.read(name, 0, memoryview(part))
+        data += part
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    fits = [asdict(fit) for fit in routers.fits]
+    return json.dumps({"shapes": shapes, "fits": fits}).encode() + b"\n" + data
+
+
+def unpacked(raw: bytes) -> Routers:
+    """Return what `packed` was given."""
+    line, _, data = raw.partition(b"\n")
+    known: Any = json.loads(line)
+    tensors: dict[str, tuple[TensorSpec, bytes]] = {}
+    for name, shape in known["shapes"].items():
+        spec = TensorSpec(FLOAT32, tuple(shape))
+        tensors[name], data = (spec, data[: spec.nbytes]), data[spec.nbytes :]
+    tuples: list[dict[str, Any]] = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in fit.items()}
+        for fit in known["fits"]
+    ]
+    return Routers(MemorySource(ROUTERS, tensors), tuple(LayerFit(**fit) for fit in tuples))

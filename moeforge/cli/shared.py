@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,23 +81,53 @@ def findings_json(findings: tuple[Finding, ...]) -> list[dict[str, Any]]:
     ]
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: everything that ends well on Ctrl-C does on it."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Make SIGTERM end the block as Ctrl-C does, where signals can be received."""
+
+    def end(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def reporting(*, as_json: bool = False) -> Iterator[None]:
     """Turn errors into messages and exit codes."""
     try:
-        yield
+        with _terminable():
+            yield
     except MoeforgeError as error:
         if as_json:
             print_json({"errors": findings_json(error.findings)})
         for finding in error.findings:
             print(f"error: {finding}", file=sys.stderr)
+        _print_notes(error)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("stopped; nothing was published", file=sys.stderr)
-        raise typer.Exit(130) from None
+        _print_notes(error)
+        raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
+
+
+def _print_notes(error: BaseException) -> None:
+    """Print what was noted on an error on its way: what is kept of the work."""
+    for text in getattr(error, "__notes__", ()):
+        print(f"    {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -78,8 +78,12 @@ class OutputFiles:
         free = shutil.disk_usage(self._folder).free + taken
         where = self._folder.parent.parent
         what = (
-            f"the disk is full: {len(self._shards)} files of {needed / 1e9:.3f} GB are to be "
-            f"written, {where} has {free / 1e9:.3f} GB for them"
+            f"the disk is full: {len(self._shards)} files of {_size(needed)} are to be "
+            f"written, {where} has {_size(free)} for them"
         )
         fix = "Free some, choose another disk with -o, or a smaller dtype. Nothing was published."
         return BuildError(Finding(what, fix))
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moeforge.errors import BuildError, Finding, RecipeError
-from moeforge.output.folder import staging
+from moeforge.output.staging import staging
 from moeforge.recipe import Prompt, prompts
 
 

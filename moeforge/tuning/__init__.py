@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moeforge.dense import max_positions
 from moeforge.errors import BuildError, Finding
 from moeforge.output.card import forget_routing
-from moeforge.output.folder import refuse_existing, staging
+from moeforge.output.staging import refuse_existing, staging
 from moeforge.plans import Plan
 from moeforge.prepare import Prepared
 from moeforge.recipe import MoeRecipe

@@ -1,0 +1,192 @@
+"""Owns what a build that was stopped has finished: written down in its work folder, trusted later.
+
+Knows names, sizes and hashes of files; knows nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moeforge.errors import BuildError, Finding
+from moeforge.hashes import sha256
+from moeforge.output.staging import locked, publish
+from moeforge.output.system import FULL, sync
+from moeforge.sealed import Sealed
+
+_NAME = "journal.json"
+ROUTERS = "routers"
+"""The file of the work folder that holds router weights."""
+
+
+class Journal:
+    """The finished files of a build.
+
+    Args:
+        root: the work folder, locked.
+        fingerprint: of everything that the bytes of the weights follow from.
+        note: told what is taken over, and what is not.
+
+    Attributes:
+        folder: where the output is made.
+        kept: files of it that an earlier run finished.
+        routers: the router weights that it computed, as bytes; None where there are none.
+    """
+
+    def __init__(self, root: Path, fingerprint: str, note: Callable[[Finding], None]) -> None:
+        self.root, self.folder, self._fingerprint = root, root / "model", fingerprint
+        self._lock = threading.Lock()
+        self._sealed: dict[str, Sealed] = self._trusted(note)
+        self._clean()
+        self.kept = {name: seal for name, seal in self._sealed.items() if name != ROUTERS}
+        path = root / ROUTERS
+        self.routers = path.read_bytes() if ROUTERS in self._sealed else None
+
+    def _path(self, name: str) -> Path:
+        return self.root / name if name == ROUTERS else self.folder / name
+
+    def _trusted(self, note: Callable[[Finding], None]) -> dict[str, Sealed]:
+        """Return what an earlier run of this build finished and is still as it was."""
+        try:
+            found = json.loads((self.root / _NAME).read_text(encoding="utf-8"))
+            files = {name: Sealed(*entry) for name, entry in found["files"].items()}
+            # A folder that took the place of ours is the model that was replaced.
+            ours = found["inode"] == self.folder.stat().st_ino
+            same = found["fingerprint"] == self._fingerprint
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+        if not ours or not files:
+            return {}
+        if not same:
+            what = f"{len(files)} files that another build of it left unfinished are discarded"
+            note(Finding(f"{what}: the recipe, an input or moeforge has changed since"))
+            return {}
+        trusted = {}
+        for name, seal in files.items():
+            if self._is_whole(name, seal):
+                trusted[name] = seal
+            else:
+                what = f"{name} is not as the last run left it: it is made again"
+                note(Finding(what, "If that recurs, check the disk.", warning=True))
+        if trusted:
+            size = sum(seal.nbytes for seal in trusted.values())
+            what = f"going on where the last run stopped: {_listed(trusted)}, {size / 1e9:.2f} GB"
+            note(Finding(f"{what}, are taken over"))
+        return trusted
+
+    def _is_whole(self, name: str, seal: Sealed) -> bool:
+        path = self._path(name)
+        try:
+            return (
+                not path.is_symlink()
+                and path.stat().st_size == seal.nbytes
+                and sha256(path) == seal.sha256
+            )
+        except OSError:
+            return False
+
+    def _clean(self) -> None:
+        """Remove all that is not trusted."""
+        wanted = {self._path(name) for name in self._sealed}
+        for folder in (self.root, self.folder):
+            for item in folder.iterdir() if folder.is_dir() else ():
+                if item in wanted or item == self.folder:
+                    continue
+                if item.is_dir() and not item.is_symlink():
+                    shutil.rmtree(item)
+                else:
+                    item.unlink()
+        self.folder.mkdir(exist_ok=True)
+        if self._sealed:
+            self._write()
+
+    def add(self, name: str, seal: Sealed) -> None:
+        """Write down that file `name`, which is on the disk, is finished; from any thread."""
+        with self._lock:
+            self._sealed[name] = seal
+            self._write()
+
+    def keep_routers(self, data: bytes) -> None:
+        """Keep router weights for a run to come."""
+        import hashlib
+
+        path = self.root / ROUTERS
+        path.write_bytes(data)
+        sync(path)
+        self.add(ROUTERS, Sealed(hashlib.sha256(data).hexdigest(), len(data)))
+
+    def _write(self) -> None:
+        data = {
+            "fingerprint": self._fingerprint,
+            "inode": self.folder.stat().st_ino,
+            "files": {name: [seal.sha256, seal.nbytes] for name, seal in self._sealed.items()},
+        }
+        half = self.root / f"{_NAME}.half"
+        half.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        sync(self.folder)
+        sync(half)
+        os.replace(half, self.root / _NAME)
+        sync(self.root)
+
+    def stop(self) -> str:
+        """Remove what is unfinished; return what is kept, in words, empty for nothing."""
+        if not self._sealed:
+            shutil.rmtree(self.root, ignore_errors=True)
+            return ""
+        self._clean()
+        return (
+            f"{_listed(self._sealed)} finished and kept in {self.root}: run the same command to go "
+            "on from there, or remove that folder"
+        )
+
+
+def _listed(files: dict[str, Sealed]) -> str:
+    count = len(files) - (ROUTERS in files)
+    parts = [f"{count} weights file{'s' if count > 1 else ''}"] if count else []
+    parts += ["the router weights"] if ROUTERS in files else []
+    return " and ".join(parts)
+
+
+@contextmanager
+def building(
+    out: Path, fingerprint: str, *, overwrite: bool, note: Callable[[Finding], None]
+) -> Iterator[Journal]:
+    """Give the journal of a build, whose folder is published as `out` when the block ends.
+
+    If it ends with an error, finished files are kept, and the error's `__notes__` say so.
+
+    Raises:
+        BuildError: `out` exists and `overwrite` is not set, another build is making it, or the
+            disk refuses.
+    """
+    with locked(out, overwrite=overwrite) as root:
+        journal = Journal(root, fingerprint, note)
+        try:
+            try:
+                yield journal
+                publish(journal.folder, out.absolute(), root, overwrite=overwrite)
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise BuildError(disk_finding(error, out)) from error
+        except BaseException as error:
+            if said := journal.stop():
+                # The attribute behind add_note(), which Python 3.10 does not have.
+                error.__notes__ = [*getattr(error, "__notes__", ()), said]  # type: ignore[attr-defined]
+            raise
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def disk_finding(error: OSError, out: Path) -> Finding:
+    """Say which file the system refused, and why."""
+    where = f"{error.filename}: " if error.filename else ""
+    what = f"{where}{error.strerror or error}"
+    if error.errno in FULL:
+        free = shutil.disk_usage(out.absolute().parent).free
+        what += f"; {out.absolute().parent} has {free / 1e6:.1f} MB free"
+    return Finding(what, "Nothing was published.")

@@ -1,0 +1,132 @@
+"""Owns the work folder beside an output: its lock, and publishing what was made in it.
+
+What is published is on the disk before it gets its name, and gets it in one step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moeforge.errors import BuildError, Finding
+from moeforge.output.system import exchange, sync
+
+_REPLACED = "replaced"
+"""Name of the old folder in the work folder, where it cannot change places with the new one."""
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Refuse to touch what already stands at `out`.
+
+    Raises:
+        BuildError: it exists and `overwrite` is not set, or is no folder of a model.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise BuildError(Finding(f"{out} exists", "Choose another folder with -o, or --overwrite."))
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").exists()):
+        what = f"{out} is not a model folder"
+        raise BuildError(Finding(what, "It is not overwritten; choose another folder with -o."))
+
+
+@contextmanager
+def locked(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give the work folder of `out`, which no other process has meanwhile; it is not removed.
+
+    Raises:
+        BuildError: `out` exists and `overwrite` is not set, another build is making it, or the
+            disk refuses.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    work = out.absolute().with_name(f".{out.absolute().name}.moeforge")
+    try:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(work)
+    except OSError as error:
+        raise BuildError(Finding(f"cannot write beside {out}: {error.strerror}")) from error
+    if lock is None:
+        what = f"another build is making {out} now"
+        raise BuildError(Finding(what, "Wait for it, or choose another folder with -o."))
+    try:
+        _put_back(out.absolute(), work)
+        refuse_existing(out, overwrite=overwrite)
+        yield work
+    finally:
+        with suppress(OSError):
+            work.rmdir()  # where nothing is in it
+        os.close(lock)
+
+
+@contextmanager
+def staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a new folder beside `out`; publish it as `out` when the block ends without an error.
+
+    Until then nothing stands at `out`, however the process ends. What a killed run left is
+    cleared away by the next one; a run that is still going on is not disturbed.
+
+    Raises:
+        BuildError: as `locked`.
+    """
+    with locked(out, overwrite=overwrite) as work:
+        try:
+            for item in work.iterdir():
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+            made = work / "model"
+            made.mkdir()
+            yield made
+            publish(made, out.absolute(), work, overwrite=overwrite)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _lock(work: Path) -> int | None:
+    """Make folder `work` and lock it; return the lock, or None where another process has it."""
+    while True:
+        work.mkdir(exist_ok=True)
+        lock = os.open(work, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), work.stat()):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(lock)  # a build that ended just now took the folder with it: make it anew
+
+
+def _put_back(out: Path, work: Path) -> None:
+    """Give the old folder its name again, if a process was killed while it had none."""
+    replaced = work / _REPLACED
+    if (replaced.exists() or replaced.is_symlink()) and not (out.exists() or out.is_symlink()):
+        replaced.rename(out)
+
+
+def publish(made: Path, out: Path, work: Path, *, overwrite: bool) -> None:
+    """Give folder `made` the name `out`; a folder that has it changes places with it.
+
+    Raises:
+        BuildError: something came into being at `out` that is not to be overwritten.
+        OSError: the disk refuses.
+    """
+    refuse_existing(out, overwrite=overwrite)  # it may have come into being meanwhile
+    for folder, _, files in os.walk(made):
+        for name in files:
+            sync(Path(folder) / name)
+        sync(Path(folder))
+    if not out.exists():
+        made.rename(out)
+    elif not exchange(made, out):
+        out.rename(work / _REPLACED)
+        try:
+            made.rename(out)
+        except BaseException:
+            _put_back(out, work)
+            raise
+    sync(out.parent)
