@@ -337,3 +337,7 @@ def test_check_imports_no_torch(kind, request):
 
 def test_plan_of_a_stack_imports_no_torch(stack):
     assert "torch" not in imported("plan", stack)
+
+
+def test_builds_without_routers_draw_nothing(merge, tmp_path):
+    assert "matplotlib" not in imported("build", merge, "-o", tmp_path / "out")
