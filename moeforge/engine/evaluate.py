@@ -96,6 +96,25 @@ class Evaluator:
         self._end: dict[tuple[str, str], int] = {}
         self.bands: dict[tuple[int, torch.dtype], reshape.Band] = {}
 
+    def release(self) -> None:
+        """Take back all memory that was in use when something failed."""
+        self._used = 0
+        self.bands.clear()
+
+    def shrink(self) -> str:
+        """Take smaller slices, and at last the CPU; return what was done, empty if nothing can be.
+
+        For a device whose memory is short: what it computes does not depend on the slices.
+        """
+        if self._device.type == "cpu":
+            return ""
+        if self._size > BLOCK:
+            self._size //= 2
+            torch.cuda.empty_cache()
+            return f"memory of {self._device} is short: slices of {self._size} elements"
+        before, self._device = self._device, torch.device("cpu")
+        return f"memory of {before} is short: going on with the CPU, whose last bits may differ"
+
     def begin(self, expr: Expr, end: int | None = None) -> None:
         """Prepare for a chunk of `expr`: forget what was read for others.
 

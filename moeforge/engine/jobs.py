@@ -8,6 +8,7 @@ take.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -253,19 +254,39 @@ class MergeJob:
         job.found[0] = worker.sample(job.node, job.scan, self._working, runs)
 
     def _scan(self, worker: Evaluator, job: _Scanning, number: int, start: int, count: int) -> None:
-        job.found[number] = worker.scan(
-            job.node, job.scan, self._working, self._whole, start, count
-        )
+        def scan() -> Any:
+            return worker.scan(job.node, job.scan, self._working, self._whole, start, count)
+
+        job.found[number] = self._with_room(worker, scan)
 
     def _write(self, worker: Evaluator, start: int, count: int, report: Report) -> None:
-        size = self.dtype.itemsize
-        for begin, data in worker.produce(
-            self.expr, self._working, self.dtype, self._whole, start, count
-        ):
-            if self.odd is not None:
-                self.odd.look(data)
-            self.files.write(self.shard, data, self.offset + begin * size)
-            report(len(data))
+        size, end = self.dtype.itemsize, start + count
+
+        def write() -> None:
+            nonlocal start
+            for begin, data in worker.produce(
+                self.expr, self._working, self.dtype, self._whole, start, end - start
+            ):
+                if self.odd is not None:
+                    self.odd.look(data)
+                self.files.write(self.shard, data, self.offset + begin * size)
+                report(len(data))
+                start = begin + len(data) // size
+
+        self._with_room(worker, write)
+
+    def _with_room(self, worker: Evaluator, act: Callable[[], Any]) -> Any:
+        """Do `act`, again with smaller slices where the memory of a device is not enough."""
+        from torch.cuda import OutOfMemoryError
+
+        while True:
+            try:
+                return act()
+            except OutOfMemoryError:
+                worker.release()
+                if not (done := worker.shrink()):
+                    raise
+                warnings.warn(f"{self.name}: {done}", stacklevel=2)
 
 
 def sample_runs(numel: int, length: int, most: int, row: int = 1) -> tuple[tuple[int, int], ...]:
