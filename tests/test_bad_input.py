@@ -597,13 +597,16 @@ def test_what_stands_in_the_way_is_not_touched(llamas, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "out", "thesis"]
 
 
-def test_a_build_that_fails_at_its_end_leaves_nothing(llamas, tmp_path):
+def test_a_build_that_fails_at_its_end_keeps_its_work_beside_the_output(llamas, tmp_path):
     """That a held-out text is too short is known only when everything else is written."""
     recipe = linear(*llamas, evaluate={"code": str(tmp_path / "held-out.txt")})
     (tmp_path / "held-out.txt").write_text("")
     with pytest.raises(MoeforgeError, match="held-out"):
         moeforge.build(recipe, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["held-out.txt"]
+    assert sorted(os.listdir(tmp_path)) == [".out.moeforge", "held-out.txt"]
+    (tmp_path / "held-out.txt").write_text("long enough to be measured " * 100)
+    moeforge.build(recipe, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["held-out.txt", "out"]
 
 
 def test_a_damaged_model_does_not_replace_a_good_one(llamas, damaged, tmp_path):

@@ -42,7 +42,7 @@ def test_defaults_are_those_of_transformers(kind):
             continue  # The class puts what follows from other keys in its place.
         assert theirs[key] == value, key
     sizes = {key: theirs[key] for key in ("hidden_size", "num_attention_heads")}
-    full = complete({"model_type": kind, **sizes})
+    full = complete({"model_type": kind, "num_hidden_layers": 2, **sizes})
     latent = "qk_rope_head_dim" in theirs  # head_dim has another meaning there
     for key in ("num_key_value_heads", "head_dim", "hidden_act", "attention_bias", "mlp_bias"):
         if theirs.get(key) is not None and not (latent and key == "head_dim"):

@@ -12,7 +12,7 @@ import moeforge
 ROOT = Path(moeforge.__file__).parent
 
 FLOORS = [
-    {"errors", "version"},
+    {"errors", "version", "sealed"},
     {
         "tensors",
         "catalog",

@@ -57,6 +57,8 @@ _COUNTS: Kind = (
     f"a whole number from 0 to {MOST_WIDTH}, or a list of such",
     lambda value: _is_int(value) or (bool(value) and _is_list(value, _is_int)),
 )
+# Windows stand for "all of it" with numbers beyond any context.
+_WINDOW: Kind = ("a whole number from 0 to 2^62", lambda value: _is_int(value, most=2**62))
 _STEP: Kind = ("a whole number above zero", lambda value: _is_int(value, 1))
 _INDEX: Kind = ("a whole number", lambda value: _is_int(value, -1))
 _NUMBER: Kind = ("a number", _is_number)
@@ -112,12 +114,13 @@ _OPTIONAL: dict[str, Kind] = {
     **dict.fromkeys(("experts_implementation", "_experts_implementation"), _BUILT_IN),
     "model_type": ("a word", lambda value: _is_text(value) and value != ""),
     "rope_theta": _NUMBERS,
+    "sliding_window": _WINDOW,
     "num_hidden_layers": _LAYERS,
     **dict.fromkeys(("n_layer", "n_layers", "num_layers", "depth"), _COUNTS),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "n_embed", "num_attention_heads"), _COUNT),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "vocab_size", "v_head_dim"), _COUNT),
     **dict.fromkeys(("hidden_size_per_layer_input", "q_lora_rank", "dim_model_base"), _COUNT),
-    **dict.fromkeys(("sliding_window", "max_window_layers", "num_dense_layers"), _COUNT),
+    **dict.fromkeys(("max_window_layers", "num_dense_layers"), _COUNT),
     **dict.fromkeys(("first_k_dense_replace", "num_hash_layers", "dense_mlp_idx"), _COUNT),
     **dict.fromkeys(("moe_layer_start_index", "moe_layer_end_index"), _INDEX),
     **dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), _COUNT),

@@ -30,6 +30,8 @@ _UNCOMPARED = {
     *("use_cache", "model_type"),
 }
 """Keys of config.json with more than one spelling, or about no number of the model."""
+_RENAMED = {"mamba": "linear_attention", "attention": "full_attention"}
+"""Kinds of layers by the names that older configs have for them, which transformers replaces."""
 
 
 def run_checks(
@@ -93,9 +95,12 @@ def _differences(raw: Mapping[str, Any], config: Any, where: str) -> Iterator[tu
     from transformers import PretrainedConfig
 
     for key, value in raw.items():
-        if value is None or key in _UNCOMPARED or not hasattr(config, key):
+        if value is None or key in _UNCOMPARED:
             continue
-        found = getattr(config, key)
+        try:
+            found = getattr(config, key)
+        except (AttributeError, RuntimeError):
+            continue  # transformers does not read it, or reads it layer by layer
         if isinstance(found, PretrainedConfig) and isinstance(value, dict):
             yield from _differences(value, found, f"{where}{key}.")
         elif isinstance(found, _PLAIN) and not _says(found, value):
@@ -111,6 +116,9 @@ def _says(found: Any, value: Any) -> bool:
     found, value = _plain(found), _plain(value)
     if isinstance(found, dict) and isinstance(value, dict):
         return all(_says(found.get(key), each) for key, each in value.items() if each is not None)
+    if isinstance(found, list) and isinstance(value, list):
+        value = [_RENAMED.get(each, each) if isinstance(each, str) else each for each in value]
+        found = [_RENAMED.get(each, each) if isinstance(each, str) else each for each in found]
     return bool(found == value)
 
 
