@@ -468,3 +468,27 @@ def test_ctrl_c_ends_everything(slow_build, tmp_path):
     assert "Traceback" not in said
     assert not any(map(runs, workers))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yml"]
+
+
+class Slow:
+    """A job that takes a moment."""
+
+    name, size = "slow", 1
+
+    def chunks(self):
+        yield lambda worker, report: time.sleep(0.05)
+
+    def advance(self):
+        return False
+
+
+def test_every_job_is_told_though_workers_end_while_some_are():
+    """Whoever is told may take long: the workers may have done the rest and ended meanwhile."""
+    jobs, told = [Slow() for _ in range(6)], []
+
+    def complete(job):
+        told.append(job)
+        time.sleep(0.5)
+
+    engine.processes.run(jobs, lambda: None, 2, lambda done: None, complete=complete)
+    assert len(told) == 6

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moeforge.cli.shared import (
+    Code,
     Device,
     Json,
     Offline,
@@ -27,10 +28,6 @@ from moeforge.errors import BuildError, Finding
 
 if TYPE_CHECKING:
     from moeforge.tuning.train import Step
-
-Code = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that a model brings, from others.")
-]
 
 
 def evaluate(

@@ -9,9 +9,13 @@ from typing import Annotated
 import typer
 
 from moeforge.cli.shared import (
+    Code,
     Json,
+    NoVerify,
     Offline,
+    Out,
     Overwrite,
+    Threads,
     findings_json,
     note,
     print_json,
@@ -21,10 +25,6 @@ from moeforge.cli.shared import (
     watched,
 )
 from moeforge.errors import BuildError, Finding
-
-Code = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that a model brings, from others.")
-]
 
 
 def verify(
@@ -69,20 +69,14 @@ def rebuild(
     lock: Annotated[
         Path, typer.Argument(metavar="LOCK", help="moeforge.lock.json, or its folder.")
     ],
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Output folder [default: the recipe's stem].")
-    ] = None,
+    out: Out = None,
     root: Annotated[
         Path, typer.Option("--root", help="Folder that the recipe lay in; its paths start there.")
     ] = Path(),
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Workers [default: all cores].")
-    ] = None,
+    threads: Threads = None,
     overwrite: Overwrite = False,
     offline: Offline = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Publish without checking the output.")
-    ] = False,
+    no_verify: NoVerify = False,
     as_json: Json = False,
 ) -> None:
     """Build again from a lock file, and say whether the bytes are the same."""
@@ -106,10 +100,11 @@ def rebuild(
             fix = f"Only a sample was compared of {', '.join(made.unsure)}; --hash-inputs of "
             fix += "`moeforge build` records them whole."
         findings = tuple(
-            Finding(f"{name} has other bytes than {lock} says", fix if last else "")
-            for name, last in zip(
-                made.differing, [False] * (len(made.differing) - 1) + [True], strict=False
+            Finding(
+                f"{name} has other bytes than {lock} says",
+                fix if name == made.differing[-1] else "",
             )
+            for name in made.differing
         )
         if as_json:
             print_json(

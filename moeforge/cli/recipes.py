@@ -11,9 +11,12 @@ import typer
 from moeforge.cli.shared import (
     Device,
     Json,
+    NoVerify,
     Offline,
+    Out,
     Overwrite,
     RecipeArgument,
+    Threads,
     check_device,
     findings_json,
     note,
@@ -32,20 +35,14 @@ if TYPE_CHECKING:
 
 def build(
     recipe: RecipeArgument,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Output folder [default: the recipe's stem].")
-    ] = None,
+    out: Out = None,
     device: Device = "cpu",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Workers [default: all cores].")
-    ] = None,
+    threads: Threads = None,
     memory: Annotated[str | None, typer.Option(help="Most memory to take, such as 2GB.")] = None,
     shard_size: Annotated[str, typer.Option(help="Most bytes per output file.")] = "5GB",
     overwrite: Overwrite = False,
     offline: Offline = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Publish without checking the output.")
-    ] = False,
+    no_verify: NoVerify = False,
     hash_inputs: Annotated[
         bool, typer.Option("--hash-inputs", help="Hash local weights whole for the lock file.")
     ] = False,

@@ -26,6 +26,14 @@ RecipeArgument = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
+Out = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Output folder [default: the recipe's stem].")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Workers [default: all cores].")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Publish without checking the output.")]
+Code = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that a model brings, from others.")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only the local Hub cache.")]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)

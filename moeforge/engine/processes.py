@@ -78,10 +78,11 @@ def run(
         while running:
             wait([process.sentinel for process in running], _POLL)
             progress(sum(done))
+            # Asked before the jobs: what a worker has finished is known once it has ended.
+            running = [process for process in running if process.exitcode is None]
             for number in [n for n in range(len(jobs)) if finished[n] and n not in told]:
                 told.add(number)
                 complete(jobs[number])
-            running = [process for process in running if process.exitcode is None]
             if any(process.exitcode for process in processes):
                 break
         if not failures.empty():

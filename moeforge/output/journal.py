@@ -5,6 +5,7 @@ Knows names, sizes and hashes of files; knows nothing of what is in them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -113,8 +114,6 @@ class Journal:
 
     def keep_routers(self, data: bytes) -> None:
         """Keep router weights for a run to come."""
-        import hashlib
-
         path = self.root / ROUTERS
         path.write_bytes(data)
         sync(path)
