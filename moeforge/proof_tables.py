@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from moeforge.proof.diff import OUTSIDE, Compared, Difference, Sums, together
@@ -24,7 +25,7 @@ def checks_table(found: Verified) -> Table:
     for column in ("check", "result", "what was found"):
         table.add_column(column)
     for check in found.checks:
-        table.add_row(check.name, _WORDS.get(check.state, check.state), check.detail)
+        table.add_row(check.name, _WORDS.get(check.state, check.state), escape(check.detail))
     return table
 
 
@@ -91,7 +92,7 @@ def diff_json(found: Difference) -> dict[str, Any]:
 def _row(label: str, tensors: list[Compared]) -> list[str]:
     sums = together(t.sums for t in tensors if t.sums)
     equal = sum(t.equal for t in tensors)
-    cells = [label, str(len(tensors)), str(equal)]
+    cells = [escape(label), str(len(tensors)), str(equal)]
     if not any(t.sums for t in tensors):
         return [*cells, "", "", ""]
     return [*cells, f"{sums.cosine:.6f}", f"{sums.relative:.2e}", f"{sums.largest:.2e}"]
@@ -99,7 +100,7 @@ def _row(label: str, tensors: list[Compared]) -> list[str]:
 
 def _table(first: str) -> Table:
     table = Table()
-    table.add_column(first)
+    table.add_column(first, overflow="fold")
     for column in ("tensors", "equal", "cosine", "‖A-B‖/‖A‖", "max |A-B|"):
         table.add_column(column, justify="right")
     return table
@@ -118,12 +119,12 @@ def diff_tables(found: Difference) -> list[str | Table]:
         every = [t for t in found.tensors if t.kind == kind and t.layer != OUTSIDE]
         kinds.add_row(*_row(kind, every))
     for tensor in found.of(OUTSIDE) if OUTSIDE in found.layers else []:
-        kinds.add_row(*_row(tensor.name, [tensor]))
+        kinds.add_row(*_row(tensor.name.removesuffix(".weight"), [tensor]))
     lines = [_odd(t) for t in found.tensors if not t.sums or t.a is None or t.b is None]
     lines += [_odd(t) for t in found.tensors if t.sums and t.a and t.b and t.a.dtype != t.b.dtype]
     if len(lines) > _SHOWN:
         lines = [*lines[:_SHOWN], f"and {len(lines) - _SHOWN} more; --json lists them"]
-    return [f"A: {found.a}\nB: {found.b}", layers, kinds, *lines]
+    return [escape(f"A: {found.a}\nB: {found.b}"), layers, kinds, *map(escape, lines)]
 
 
 def _odd(tensor: Compared) -> str:

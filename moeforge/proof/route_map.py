@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeforge.proof.plots import plain
 from moeforge.proof.route_report import RouteReport
 
 if TYPE_CHECKING:
@@ -36,26 +33,8 @@ def draw(report: RouteReport, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with _plain():
+    with plain():
         _draw(report, path)
-
-
-@contextmanager
-def _plain() -> Iterator[None]:
-    """Use matplotlib as it comes, and keep to itself what it says of fonts and caches."""
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        import matplotlib
-
-        with matplotlib.rc_context(), warnings.catch_warnings():
-            # A sign that the font lacks is drawn as a box.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            matplotlib.rcdefaults()
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _draw(report: RouteReport, path: Path) -> None:
