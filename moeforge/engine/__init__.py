@@ -166,7 +166,8 @@ def run(
                 progress(had_bytes + done)
 
             _do(plan, jobs, settings, told, sealer)
-            return {**had, **sealer.finish()}
+            total = sum(e.tensor.spec.nbytes for s in wanted for e in s.entries)
+            return {**had, **sealer.finish(lambda: told(total))}
 
 
 def _do(

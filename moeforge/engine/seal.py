@@ -72,8 +72,11 @@ class Sealer:
         if self._error is not None:
             raise self._error
 
-    def finish(self) -> dict[str, Sealed]:
+    def finish(self, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Sealed]:
         """Wait until every file is sealed.
+
+        Args:
+            meanwhile: called now and then.
 
         Raises:
             BuildError: a file cannot be read back, or does not get onto the disk.
@@ -82,6 +85,7 @@ class Sealer:
             while thread.is_alive():
                 thread.join(_POLL)
                 self.check()
+                meanwhile()
         self.check()
         return self.result
 
