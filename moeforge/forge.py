@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeforge import build_report, engine, targets, tuning, vouch
+from moeforge import build_report, engine, tuning, vouch
+from moeforge.checking import Report, check
 from moeforge.engine import Settings
-from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
+from moeforge.errors import BuildError, Finding
 from moeforge.output import folder
 from moeforge.output.fingerprint import fingerprint
 from moeforge.output.journal import Journal, building
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from moeforge.proof.heldout import HeldOut
     from moeforge.proof.route_report import RouteReport
     from moeforge.proof.verify import Verified
+
+__all__ = ["Progress", "RecipeLike", "Report", "Result", "build", "check", "plan"]
 
 RecipeLike = str | Path | dict[str, Any] | LoadedRecipe
 Progress = Callable[[str, int, int], None]
@@ -62,16 +65,6 @@ class Result:
     verified: Verified | None = None
 
 
-@dataclass(frozen=True)
-class Report:
-    """What is known before a build: `errors` stop it, `notes` do not."""
-
-    errors: tuple[Finding, ...]
-    notes: tuple[Finding, ...]
-    plan: Plan | None
-    exit_code: int
-
-
 def plan(recipe: RecipeLike, *, offline: bool = False) -> Plan:
     """Plan a recipe from headers and configs alone; no weight is read or downloaded.
 
@@ -85,26 +78,6 @@ def plan(recipe: RecipeLike, *, offline: bool = False) -> Plan:
     return prepare(recipe, offline=offline).plan
 
 
-def check(recipe: RecipeLike, *, target: str | None = None, offline: bool = False) -> Report:
-    """Say what stands against building a recipe, without raising.
-
-    Args:
-        recipe: path of a YAML file, or the same as a dict.
-        target: another engine, one of `targets.TARGETS`, that is to read the output.
-        offline: use only what is in the local Hub cache.
-    """
-    try:
-        if target:
-            targets.named(target)
-        prepared = prepare(recipe, offline=offline)
-    except MoeforgeError as error:
-        return Report(error.findings, (), None, error.exit_code)
-    plan = prepared.plan
-    errors, notes = targets.report(plan, target) if target else ((), ())
-    code = PlanError.exit_code if errors else 0
-    return Report(errors, (*prepared.notes(), *notes), plan, code)
-
-
 def build(
     recipe: RecipeLike,
     out: str | Path | None = None,
@@ -114,6 +87,7 @@ def build(
     memory: int | None = None,
     shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
+    strict: bool = False,
     offline: bool = False,
     verify: bool = True,
     hash_inputs: bool = False,
@@ -130,6 +104,7 @@ def build(
         memory: bytes that the process may take, for choosing the slice size.
         shard_size: most bytes of tensors per file.
         overwrite: replace an existing model folder.
+        strict: what warnings say before work starts is an error.
         offline: use only what is in the local Hub cache.
         verify: check the output before it is published.
         hash_inputs: read inputs on this machine whole for the hashes in the lock file.
@@ -141,6 +116,8 @@ def build(
     """
     began = time.perf_counter()
     prepared = prepare(recipe, offline=offline)
+    if strict:
+        prepared.refuse_warnings()
     plan = prepared.plan
     target = Path(out) if out is not None else Path(prepared.loaded.stem)
     for finding in prepared.notes():

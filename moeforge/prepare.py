@@ -12,6 +12,7 @@ from moeforge import recipe as recipes
 from moeforge.errors import Finding, MoeforgeError, PlanError
 from moeforge.output.folder import differing_modules, has_chat_template, has_tokenizer
 from moeforge.planners import Planner
+from moeforge.planners.align import rows
 from moeforge.planners.vocab import tokens_of
 from moeforge.plans import Plan
 from moeforge.recipe import (
@@ -40,19 +41,30 @@ class Prepared:
         planner: the planner that made the plan; it knows the recipe's models.
         plan: what will be made.
         prompts: what the gate mode reads; empty where it reads none.
+        remarks: what is worth knowing of prompts and tokenizer.
     """
 
     loaded: LoadedRecipe
     planner: Planner
     plan: Plan
     prompts: Sequence[ExpertPrompt]
+    remarks: tuple[Finding, ...] = ()
 
     def notes(self) -> tuple[Finding, ...]:
         """Return what is worth knowing before the build."""
-        notes = list(self.loaded.place(self.plan.notes))
+        notes = [*self.loaded.place(self.plan.notes), *self.remarks]
         if not has_tokenizer(self.plan.donor.folder):
             notes.append(Finding(f"{self.plan.donor.key} has no tokenizer: the output has none"))
         return tuple(notes)
+
+    def refuse_warnings(self) -> None:
+        """Treat what probably harms the result as what is wrong.
+
+        Raises:
+            PlanError: with all warnings, if there are any.
+        """
+        if harmful := [note for note in self.notes() if note.warning]:
+            raise PlanError(*harmful)
 
 
 def _read_prompts(
@@ -135,13 +147,88 @@ def _check_tokenizer(
         findings.append(Finding(what, "Add its tokenizer files, or drop evaluate.", ("evaluate",)))
 
 
-def prepare(recipe: str | Path | dict[str, Any] | LoadedRecipe, *, offline: bool) -> Prepared:
-    """Do everything that needs no weights.
+_ALIKE = 0.8
+"""Experts whose prompts share this part of their words are hardly told apart."""
 
-    Raises:
-        MoeforgeError: with everything that is wrong; its kind is that of the first thing.
+
+def _alike(loaded: LoadedRecipe, prompts: Sequence[ExpertPrompt]) -> list[Finding]:
+    """Warn of experts whose prompts are nearly those of another one.
+
+    Two are compared by the part of all their different words that both have (Jaccard's index).
     """
-    loaded = recipe if isinstance(recipe, LoadedRecipe) else recipes.load(recipe)
+    recipe = loaded.recipe
+    if not isinstance(recipe, MoeRecipe) or recipe.gate_parameters.labels != "owner":
+        return []
+    words: dict[int, set[str]] = {}
+    for expert, negative, prompt in prompts:
+        if expert >= 0 and not negative:
+            texts = (prompt.text, *(str(message["content"]) for message in prompt.messages))
+            words.setdefault(expert, set()).update(" ".join(texts).lower().split())
+    found = []
+    for i, mine in words.items():
+        for j in range(i):
+            theirs = words.get(j, set())
+            if min(len(mine), len(theirs)) < _ALIKE * max(len(mine), len(theirs)):
+                continue
+            share = len(mine & theirs) / max(len(mine | theirs), 1)
+            if share >= _ALIKE:
+                (word, number), path = recipe.numbered[j][0], recipe.numbered[i][0]
+                what = f"{share:.0%} of the words in its prompts and in those of {word}[{number}] "
+                what += "are the same: the router can hardly tell them apart"
+                fix = "Give each expert five or more inputs that are typical of it."
+                found.append(Finding(what, fix, path, warning=True))
+                break
+    return found
+
+
+def _tokens_without_rows(planner: Planner, plan: Plan) -> list[Finding]:
+    """Warn of a tokenizer that has more tokens than the embeddings it is copied for have rows."""
+    padding = padding_of(planner, plan)
+    if padding is None or padding.tokens <= padding.rows:
+        return []
+    what = f"{padding.model}: its tokenizer has {padding.tokens} tokens, its embeddings have "
+    what += f"{padding.rows} rows"
+    fix = "Text with the last tokens cannot be run: use the tokenizer that the model came with."
+    return [Finding(what, fix, warning=True)]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """A model whose embeddings have another number of rows than its tokenizer has tokens.
+
+    Attributes:
+        model: whose.
+        rows: rows of its embeddings.
+        tokens: entries of its tokenizer, gaps between ids included.
+    """
+
+    model: str
+    rows: int
+    tokens: int
+
+
+def padding_of(planner: Planner, plan: Plan) -> Padding | None:
+    """Return how embeddings and tokenizer differ in the model whose tokenizer the output gets."""
+    model = next((model for model in planner.opened if model.donor is plan.donor), None)
+    count = rows(model) if model else None
+    if model is None or not count or plan.tokenizer is not None:
+        return None
+    if not has_tokenizer(model.donor.folder):
+        return None
+    try:
+        entries = 1 + max(tokens_of(model).ids.values(), default=-1)
+    except MoeforgeError:
+        return None  # said elsewhere, where it matters
+    return Padding(model.label, count, entries) if entries != count else None
+
+
+def planner_for(loaded: LoadedRecipe, *, offline: bool) -> Planner:
+    """Return a planner that opens the models of a recipe.
+
+    Args:
+        loaded: the recipe.
+        offline: use only what is in the local Hub cache.
+    """
 
     def open_reference(reference: Reference | Adapter) -> Source:
         if isinstance(reference, Adapter):
@@ -161,7 +248,25 @@ def prepare(recipe: str | Path | dict[str, Any] | LoadedRecipe, *, offline: bool
             commit=loaded.commits.get(str(reference.model_copy(update={"lora": None}))),
         )
 
-    planner = Planner(open_reference)
+    return Planner(open_reference)
+
+
+def prepare(recipe: str | Path | dict[str, Any] | LoadedRecipe, *, offline: bool) -> Prepared:
+    """Do everything that needs no weights.
+
+    Raises:
+        MoeforgeError: with everything that is wrong; its kind is that of the first thing.
+    """
+    loaded = recipe if isinstance(recipe, LoadedRecipe) else recipes.load(recipe)
+    return prepare_with(loaded, planner_for(loaded, offline=offline))
+
+
+def prepare_with(loaded: LoadedRecipe, planner: Planner) -> Prepared:
+    """Do everything that needs no weights, with a planner that knows what it opened afterwards.
+
+    Raises:
+        MoeforgeError: with everything that is wrong; its kind is that of the first thing.
+    """
     findings = [
         Finding(f"{text} does not exist", path=("evaluate", label))
         for label, text in loaded.recipe.evaluate.items()
@@ -182,4 +287,5 @@ def prepare(recipe: str | Path | dict[str, Any] | LoadedRecipe, *, offline: bool
     findings += differing_modules(plan.donor.folder, folders)
     if findings:
         raise PlanError(*loaded.place(findings))
-    return Prepared(loaded, planner, plan, prompts)
+    remarks = [*_alike(loaded, prompts), *_tokens_without_rows(planner, plan)]
+    return Prepared(loaded, planner, plan, prompts, loaded.place(remarks))

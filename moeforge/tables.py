@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from moeforge import catalog, engine, families, gates, methods
-from moeforge.dense import hidden_size, mlp_width
+from moeforge import catalog, families, gates, methods
+from moeforge.checking.needs import peak_memory
+from moeforge.checking.origins import groups
 from moeforge.engine import Settings
 from moeforge.families import _remote
 from moeforge.methods import REQUIRED, Method
 from moeforge.output.card import amount
 from moeforge.output.layout import lay_out
-from moeforge.planners.model import from_source
+from moeforge.planners.model import from_source, listing
 from moeforge.plans import Plan, dump
 from moeforge.prepare import Prepared
-from moeforge.recipe import REMOTE, MoeRecipe
+from moeforge.recipe import REMOTE
 from moeforge.sources import Source
 
 if TYPE_CHECKING:
@@ -30,14 +32,14 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def describe(plan: Plan, shard_size: int, prompt_memory: int = 0) -> dict[str, Any]:
+def describe(prepared: Prepared, shard_size: int) -> dict[str, Any]:
     """Return a plan as plain data: totals, config, and every tensor with its place and origin.
 
     Args:
-        plan: what will be made.
+        prepared: what will be made.
         shard_size: most bytes of tensors per file.
-        prompt_memory: bytes that prompts take while routers are made; see the function.
     """
+    plan = prepared.plan
     shards = lay_out(plan.tensors, shard_size)
     data: dict[str, Any] = {
         "kind": plan.kind,
@@ -48,7 +50,7 @@ def describe(plan: Plan, shard_size: int, prompt_memory: int = 0) -> dict[str, A
         "bytes_written": sum(shard.nbytes for shard in shards),
         "bytes_copied": plan.bytes_copied,
         "disk_needed": sum(shard.nbytes for shard in shards),
-        "peak_memory": engine.peak_memory(plan, Settings()),
+        "peak_memory": peak_memory(prepared, Settings()),
         "config": plan.config,
         "sources": list(plan.sources),
         "notes": [str(note) for note in plan.notes],
@@ -76,57 +78,14 @@ def describe(plan: Plan, shard_size: int, prompt_memory: int = 0) -> dict[str, A
             "shared": list(plan.experts.shared),
             "considered": dict(plan.experts.considered),
         }
-        # The base is run one layer at a time, in float32, beside the interpreter with transformers.
-        if gates.load(plan.experts.gate_mode).needs_prompts:
-            routers = router_memory(plan) + prompt_memory
-            data["peak_memory"] = max(data["peak_memory"], routers)
     return data
-
-
-TRANSFORMERS = 200_000_000
-"""Bytes that importing transformers and accelerate adds, measured; see docs/architecture.md."""
-
-
-def router_memory(plan: Plan) -> int:
-    """Return the memory in bytes that running one layer of the base takes, prompts apart.
-
-    What the prompts take is added by `prompt_memory`.
-    """
-    config = plan.config
-    hidden = hidden_size(config) or 0
-    wide = mlp_width(config)
-    # Four attention projections and three of the MLP, plus the two H×H float64 moments of a fit.
-    return engine.INTERPRETER + TRANSFORMERS + 4 * hidden * (4 * hidden + 3 * wide) + 32 * hidden**2
-
-
-_TOKEN = 2
-"""Bytes of text per token, at least; with large vocabularies there are about four."""
-
-
-def prompt_memory(prepared: Prepared) -> int:
-    """Return the most memory in bytes that the prompts of a recipe take while routers are made.
-
-    What each token met on its way into a layer and into its MLP is kept in float32; the logistic
-    fit keeps the latter in float64 too.
-    """
-    recipe = prepared.loaded.recipe
-    if not isinstance(recipe, MoeRecipe):
-        return 0
-    texts = [
-        text
-        for _, _, prompt in prepared.prompts
-        for text in (prompt.text, *(str(message["content"]) for message in prompt.messages))
-    ]
-    tokens = sum(len(text.encode()) for text in texts) // _TOKEN
-    logistic = recipe.gate_mode == "fitted" and recipe.gate_parameters.method == "logistic"
-    return tokens * (hidden_size(prepared.plan.config) or 0) * (8 + 8 * logistic)
 
 
 def plan_table(plan: Plan, described: dict[str, Any]) -> Table:
     """Return the totals of a plan."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("makes", f"{described['architecture']}, {len(plan.tensors)} tensors")
     parameters = amount(plan.parameters)
     if plan.experts:
@@ -136,24 +95,24 @@ def plan_table(plan: Plan, described: dict[str, Any]) -> Table:
             "experts", f"{len(e.labels)}, {e.per_token} per token, gate mode {e.gate_mode}"
         )
         if e.shared:
-            table.add_row("shared", ", ".join(e.shared))
+            table.add_row("shared", escape(", ".join(e.shared)))
         if "num_hidden_layers" in plan.config and len(e.layers) < plan.config["num_hidden_layers"]:
             table.add_row("in layers", ", ".join(map(str, e.layers)))
         for name, why in e.considered:
             table.add_row("architecture", f"{name}: {why}")
     table.add_row("parameters", parameters)
-    table.add_row("reads", f"{_size(plan.bytes_read)} from {', '.join(plan.sources)}")
+    table.add_row("reads", escape(f"{_size(plan.bytes_read)} from {', '.join(plan.sources)}"))
     copied = 100 * plan.bytes_copied / max(plan.nbytes, 1)
     files = len({tensor["file"] for tensor in described["tensors"]})
     written = _size(described["bytes_written"])
     table.add_row("writes", f"{written} in {files} file(s), {copied:.0f} % copied as it is")
     table.add_row("needs", f"about {_size(described['peak_memory'])} memory, {written} disk")
-    if plan.left_out:
-        table.add_row(
-            "leaves out", f"{len(plan.left_out)} tensors of the inputs (--json lists them)"
-        )
+    for left in groups(plan.left_out):
+        where = listing(left["where"])
+        what = f"{left['tensors']} tensors of {left['model']}: {where} ({left['why']})"
+        table.add_row("leaves out", escape(what))
     for note in plan.notes:
-        table.add_row("note", str(note))
+        table.add_row("note", escape(str(note)))
     return table
 
 
@@ -201,7 +160,7 @@ def facts_table(found: dict[str, Any]) -> Table:
     """Return the facts of a checkpoint as a table."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     for key, value in found.items():
         text = str(value)
         if key == "parameters":
@@ -212,7 +171,7 @@ def facts_table(found: dict[str, Any]) -> Table:
             text = ", ".join(value)
         elif key == "moe_families":
             text = ", ".join(value) or "none"
-        table.add_row(key, text)
+        table.add_row(key, escape(text))
     return table
 
 
@@ -298,19 +257,19 @@ def heldout_tables(heldout: HeldOut) -> list[str | Table]:
     table = Table()
     table.add_column("model")
     for domain in (*heldout.domains, "mean"):
-        table.add_column(domain, justify="right")
+        table.add_column(escape(domain), justify="right")
     for name, label in zip(names, short_labels(names), strict=True):
         cells = [f"{loss:.3f}" for loss in (*heldout.losses[name], heldout.mean(name))]
-        table.add_row(label, *cells, style="bold" if name == names[-1] else "")
+        table.add_row(escape(label), *cells, style="bold" if name == names[-1] else "")
     shown: list[str | Table] = ["\nLoss on held-out text, nats per token (lower is better)", table]
     if heldout.routing:
         table = Table()
         table.add_column("text")
         for expert in short_labels(heldout.experts):
-            table.add_column(expert, justify="right")
+            table.add_column(escape(expert), justify="right")
         for domain, shares in heldout.routing.items():
             best = max(shares)
             cells = [f"[bold]{s:.0%}[/]" if s == best else f"{s:.0%}" for s in shares]
-            table.add_row(domain, *cells)
+            table.add_row(escape(domain), *cells)
         shown += ["\nWhere the mixture's tokens go, share of router weight", table]
     return shown

@@ -224,11 +224,11 @@ def test_a_second_build_of_the_same_output_is_refused(moe, tmp_path):
 
 def test_check_says_yes_and_writes_nothing(merge, tmp_path):
     run = moeforge("check", merge, cwd=tmp_path)
-    assert run.stdout.startswith(f"{merge}: fine")
+    assert f"{merge}: fine" in run.stdout
     assert run.stderr == ""
     assert os.listdir(tmp_path) == ["soup.yml"]
-    nothing = {"errors": [], "notes": [], "architectures": {}}
-    assert json.loads(moeforge("check", merge, "--json").stdout) == nothing
+    data = json.loads(moeforge("check", merge, "--json").stdout)
+    assert (data["errors"], data["notes"], data["architectures"]) == ([], [], {})
 
 
 def test_check_says_no_with_the_exit_code_of_its_kind(llamas, tmp_path):

@@ -29,6 +29,7 @@ FLOORS = [
     {"planners", "engine", "output", "proof", "targets"},
     {
         "prepare",
+        "checking",
         "weights",
         "mixing",
         "routers",
@@ -59,6 +60,9 @@ DOORS = {
     ("weights", "routers"),
     ("weights", "evaluate"),
     ("mixing", "routers"),
+    ("prepare", "checking"),
+    ("checking", "forge"),
+    ("checking", "tables"),
     ("prepare", "routers"),
     ("prepare", "forge"),
     ("routers", "forge"),

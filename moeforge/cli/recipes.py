@@ -16,6 +16,7 @@ from moeforge.cli.shared import (
     Out,
     Overwrite,
     RecipeArgument,
+    Strict,
     Threads,
     check_device,
     findings_json,
@@ -30,7 +31,7 @@ from moeforge.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from moeforge.forge import Result
+    from moeforge.forge import Report, Result
 
 
 def build(
@@ -41,6 +42,7 @@ def build(
     memory: Annotated[str | None, typer.Option(help="Most memory to take, such as 2GB.")] = None,
     shard_size: Annotated[str, typer.Option(help="Most bytes per output file.")] = "5GB",
     overwrite: Overwrite = False,
+    strict: Strict = False,
     offline: Offline = False,
     no_verify: NoVerify = False,
     hash_inputs: Annotated[
@@ -66,6 +68,7 @@ def build(
                 memory=limit,
                 shard_size=per_file,
                 overwrite=overwrite,
+                strict=strict,
                 offline=offline,
                 verify=not no_verify,
                 hash_inputs=hash_inputs,
@@ -113,6 +116,7 @@ def _result_json(result: Result) -> dict[str, Any]:
 
 def _show_result(result: Result, *, verbose: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     from moeforge.output.card import amount
 
@@ -122,7 +126,7 @@ def _show_result(result: Result, *, verbose: bool) -> None:
     if plan.experts:
         active = f" ({amount(plan.active_parameters)} active)"
     console.print(
-        f"[bold]{result.folder}[/]: {plan.config['architectures'][0]}, "
+        f"[bold]{escape(str(result.folder))}[/]: {plan.config['architectures'][0]}, "
         f"{amount(plan.parameters)} parameters{active}, {show_size(plan.nbytes)}, "
         f"made in {result.seconds:.1f} s",
         soft_wrap=True,
@@ -153,10 +157,16 @@ def _show_result(result: Result, *, verbose: bool) -> None:
 
 def check(
     recipe: RecipeArgument,
+    out: Out = None,
     target: Annotated[
         str | None,
         typer.Option(help="Engine to read the output: transformers4, vllm, llama.cpp or mlx."),
     ] = None,
+    device: Device = "cpu",
+    strict: Strict = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what each tensor is made of, with all values.")
+    ] = False,
     prompts: Annotated[
         bool, typer.Option("--prompts", help="Say how well the experts' prompts can be told apart.")
     ] = False,
@@ -167,24 +177,64 @@ def check(
     with reporting(as_json=as_json):
         from moeforge import forge
 
-        report = forge.check(recipe, target=target, offline=offline)
+        check_device(device)
+        report = forge.check(
+            recipe, out, target=target, device=device, strict=strict, offline=offline
+        )
         overlap = _overlap(recipe, offline=offline, as_json=as_json) if prompts else {}
         if as_json:
-            errors, notes = findings_json(report.errors), findings_json(report.notes)
-            experts = report.plan.experts if report.plan else None
-            homes = dict(experts.considered) if experts else {}
-            print_json({"errors": errors, "notes": notes, "architectures": homes, **overlap})
+            print_json({**_report_json(report, explain=explain), **overlap})
         else:
-            for finding in report.errors:
-                print(f"error: {finding}", file=sys.stderr)
-            for finding in report.notes:
-                note(finding)
-            if report.plan and report.plan.experts:
-                for name, why in report.plan.experts.considered:
-                    print(f"architecture {name}: {why}")
-            if not report.errors:
-                print(f"{recipe}: fine; `moeforge plan {recipe}` says what would be made")
+            _show_report(report, recipe, explain=explain)
         raise typer.Exit(report.exit_code)
+
+
+def _report_json(report: Report, *, explain: bool) -> dict[str, Any]:
+    from moeforge.checking.compatibility import comparison_json
+    from moeforge.checking.explain import explained
+    from moeforge.checking.needs import needs_json
+
+    experts = report.plan.experts if report.plan else None
+    data = {
+        "errors": findings_json(report.errors),
+        "notes": findings_json(report.notes),
+        "architectures": dict(experts.considered) if experts else {},
+        "models": comparison_json(report.compared) if report.compared else None,
+        "padding": vars(report.padding) if report.padding else None,
+        "needs": needs_json(report.needs) if report.needs else None,
+    }
+    if explain and report.prepared:
+        data["explained"] = explained(report.prepared.plan, report.prepared.loaded.recipe)
+    return data
+
+
+def _show_report(report: Report, recipe: Path, *, explain: bool) -> None:
+    from moeforge.checking.compatibility import comparison_table
+    from moeforge.checking.explain import explained, explained_tables
+    from moeforge.checking.needs import needs_table
+    from moeforge.tables import short_labels
+
+    for finding in report.errors:
+        print(f"error: {finding}", file=sys.stderr)
+    for finding in report.notes:
+        note(finding)
+    if report.compared and report.compared.differs:
+        print_parts(comparison_table(report.compared, short_labels(report.compared.labels)))
+    if report.plan and report.plan.experts:
+        for name, why in report.plan.experts.considered:
+            print(f"architecture {name}: {why}")
+    if (padded := report.padding) and padded.rows > padded.tokens:
+        print(
+            f"embeddings of {padded.model}: {padded.rows} rows for {padded.tokens} tokens; "
+            f"{padded.rows - padded.tokens} padding rows are kept as they are"
+        )
+    if explain and report.prepared:
+        data = explained(report.prepared.plan, report.prepared.loaded.recipe)
+        print_parts(*explained_tables(data))
+    if report.needs:
+        print_parts(needs_table(report.needs))
+    if not report.errors:
+        print(f"{recipe}: fine; `moeforge plan {recipe}` says what would be made")
 
 
 def _overlap(recipe: Path, *, offline: bool, as_json: bool) -> dict[str, Any]:
@@ -204,19 +254,32 @@ def _overlap(recipe: Path, *, offline: bool, as_json: bool) -> dict[str, Any]:
 
 def plan(
     recipe: RecipeArgument,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TENSOR", help="Say where an output tensor comes from; * and ? match."
+        ),
+    ] = None,
     shard_size: Annotated[str, typer.Option(help="Most bytes per output file.")] = "5GB",
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Print what a build would make, read, write and need."""
     with reporting(as_json=as_json):
+        from moeforge.checking.origins import traced, trees
         from moeforge.prepare import prepare
-        from moeforge.tables import describe, plan_table, prompt_memory
+        from moeforge.tables import describe, plan_table
 
         prepared = prepare(recipe, offline=offline)
-        planned = prepared.plan
-        described = describe(planned, parse_size(shard_size), prompt_memory(prepared))
+        if trace is not None:
+            found = traced(prepared.plan, trace)
+            if as_json:
+                print_json(found)
+            else:
+                print_parts(*trees(found))
+            return
+        described = describe(prepared, parse_size(shard_size))
         if as_json:
             print_json(described)
             return
-        print_parts(plan_table(planned, described))
+        print_parts(plan_table(prepared.plan, described))

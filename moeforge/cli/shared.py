@@ -26,6 +26,7 @@ RecipeArgument = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")]
 Out = Annotated[
     Path | None, typer.Option("-o", "--out", help="Output folder [default: the recipe's stem].")
 ]

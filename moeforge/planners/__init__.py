@@ -61,6 +61,16 @@ class Planner:
     _draws: _Draws = field(default_factory=lambda: _Draws(0))
     _inline: int = 0
 
+    @property
+    def opened(self) -> tuple[Model, ...]:
+        """Every model that the recipe refers to and that could be used; a mixture's base first."""
+        models = {
+            model.label: model
+            for (draws, _), model in self._models.items()
+            if draws == 0 and model is not None
+        }
+        return tuple(models.values())
+
     def plan(self, recipe: Recipe) -> Plan:
         """Return the plan of `recipe`.
 

@@ -220,7 +220,7 @@ class HubSource:
             raise SourceError(Finding(what, "Use another revision, or tell the author.")) from None
 
     @cached_property
-    def _remote_specs(self) -> dict[str, TensorSpec]:
+    def _remote_entries(self) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             for header in pool.map(self._remote_header, self._weight_files):
@@ -229,7 +229,25 @@ class HubSource:
         if lost:
             what = f"{self.key}: the index lists {len(lost)} tensors that no file has"
             raise SourceError(Finding(f"{what}, first {lost[0]}", "Use another revision."))
-        return {name: spec for name, (spec, _) in entries.items()}
+        return entries
+
+    @cached_property
+    def _remote_specs(self) -> dict[str, TensorSpec]:
+        return {name: spec for name, (spec, _) in self._remote_entries.items()}
+
+    @property
+    def _from_headers(self) -> bool:
+        """Whether headers are all that there is of the weights so far."""
+        return bool(self._missing) and not self._offline and self._weights in WEIGHTS[:2]
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of weights that are not in the local cache."""
+        return sum(self._sizes.get(file, 0) for file in self._missing)
+
+    def span(self, name: str) -> FileSpan | None:
+        """Return where tensor `name` lies, or will lie in the cache; downloads nothing."""
+        return self._remote_entries[name][1] if self._from_headers else self._local.locate(name)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Return dtype and shape of every tensor, from headers only.
@@ -237,8 +255,7 @@ class HubSource:
         Headers that are not in the local cache are fetched by range requests, without any weights;
         PyTorch's own files have no header, and are downloaded.
         """
-        remote = self._missing and not self._offline and self._weights in WEIGHTS[:2]
-        return self._remote_specs if remote else self._local.specs()
+        return self._remote_specs if self._from_headers else self._local.specs()
 
     def locate(self, name: str) -> FileSpan | None:
         """Return where the bytes of tensor `name` lie; downloads the weights on first use."""

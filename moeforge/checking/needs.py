@@ -1,0 +1,257 @@
+"""Owns what a build needs of the machine, and what the machine has: memory, disk, time."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from moeforge import engine, gates, methods
+from moeforge.dense import hidden_size, mlp_width
+from moeforge.engine import Settings
+from moeforge.errors import Finding
+from moeforge.output.layout import lay_out
+from moeforge.plans import Merge, Plan, inputs, pieces
+from moeforge.prepare import Prepared
+from moeforge.recipe import MoeRecipe
+from moeforge.sources.hub import HubSource
+from moeforge.tensors import FLOAT32
+
+TRANSFORMERS = 200_000_000
+"""Bytes that importing transformers and accelerate adds, measured; see docs/architecture.md."""
+CONTEXT = 500_000_000
+"""Bytes of a GPU that CUDA takes before any work."""
+WRITE = 0.5e9
+"""Bytes per second that are written, a fresh file on a plain disk; reading is as fast or faster."""
+DOWNLOAD = 50e6
+"""Bytes per second that come from the Hub on a common connection."""
+SIMPLE, MEASURED, SORTED = 1e-9, 5e-9, 65e-9
+"""Seconds of one core for each element of an input: elementwise methods, those that look at the
+whole tensor first, and those that sort every row. See docs/architecture.md."""
+_TOKEN = 2
+"""Bytes of text per token, at least; with large vocabularies there are about four."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a build needs, and what there is now; bytes, and seconds.
+
+    Attributes:
+        memory: estimated peak, gates included.
+        memory_free: what the machine, or the container, can still give.
+        gpu: estimated peak on the GPU; None where the CPU computes.
+        gpu_free: what is free there.
+        disk: the output.
+        disk_free: what is free where it goes.
+        saved: what of it `dtype: bfloat16` would save.
+        download: weights that are not in the Hub's cache yet.
+        cache_free: what is free where the cache lies.
+        seconds: without gates and evaluation, which depend on the texts.
+        folder: where the output goes.
+        cache: where the Hub's cache lies; None where no model comes from the Hub.
+    """
+
+    memory: int
+    memory_free: int
+    gpu: int | None
+    gpu_free: int | None
+    disk: int
+    disk_free: int
+    saved: int
+    download: int
+    cache_free: int
+    seconds: float
+    folder: Path
+    cache: Path | None
+
+    def errors(self) -> list[Finding]:
+        """Return what the disks cannot hold."""
+        here, there = _gb(self.disk), _gb(self.download)
+        room = "Choose another disk with -o"
+        room += f", or write dtype: bfloat16 (saves {_gb(self.saved)})." if self.saved else "."
+        if self.download and self.cache and _device(self.folder) == _device(self.cache):
+            if self.disk + self.download <= self.disk_free:
+                return []
+            what = f"the build needs {here} in {self.folder} and {there} in the Hub's cache "
+            what += f"{self.cache}; the disk of both has {_gb(self.disk_free)} free"
+            return [Finding(what, room)]
+        found = []
+        if self.disk > self.disk_free:
+            what = f"the output takes {here}, {self.folder} has {_gb(self.disk_free)} free"
+            found.append(Finding(what, room))
+        if self.download > self.cache_free:
+            what = f"{there} are to be downloaded to {self.cache}, which has {_gb(self.cache_free)}"
+            found.append(Finding(f"{what} free", "Let HF_HUB_CACHE name a folder on another disk."))
+        return found
+
+    def warnings(self) -> list[Finding]:
+        """Return what is short and may still do."""
+        found = []
+        if self.memory > self.memory_free:
+            what = f"the build takes about {_gb(self.memory)} of memory, "
+            what += f"{_gb(self.memory_free)} are free"
+            fix = "Fewer --threads or --memory make slices smaller; end other programs."
+            found.append(Finding(what, fix, warning=True))
+        if self.gpu and self.gpu_free is not None and self.gpu > self.gpu_free:
+            what = f"the GPU needs about {_gb(self.gpu)}, {_gb(self.gpu_free)} are free"
+            found.append(Finding(what, "Leave --device out to use the CPU.", warning=True))
+        return found
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _device(path: Path) -> int:
+    return next(p for p in (path, *path.absolute().parents) if p.exists()).stat().st_dev
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that can still be taken: of the machine, or of its container."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1])
+    with suppress(OSError, ValueError):  # a container's own limit; "max" where there is none
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return max(free, 0)
+
+
+def _compute_seconds(plan: Plan, workers: int) -> float:
+    total = 0.0
+    for tensor in plan.tensors:
+        for expr, spec in pieces(tensor):
+            if isinstance(expr, Merge):
+                method = methods.load(expr.method)
+                cost = SIMPLE if method.measure is None and not method.random else MEASURED
+                cost = SORTED if expr.method.startswith("della") else cost
+                total += cost * spec.numel * len(inputs(expr))
+    return total / workers
+
+
+def router_memory(plan: Plan) -> int:
+    """Return the memory in bytes that running one layer of the base takes, prompts apart.
+
+    The base is run one layer at a time, in float32, beside the interpreter with transformers. What
+    the prompts take is added by `prompt_memory`.
+    """
+    config = plan.config
+    hidden = hidden_size(config) or 0
+    wide = mlp_width(config)
+    # Four attention projections and three of the MLP, plus the two H×H float64 moments of a fit.
+    return engine.INTERPRETER + TRANSFORMERS + 4 * hidden * (4 * hidden + 3 * wide) + 32 * hidden**2
+
+
+def prompt_memory(prepared: Prepared) -> int:
+    """Return the most memory in bytes that the prompts of a recipe take while routers are made.
+
+    What each token met on its way into a layer and into its MLP is kept in float32; the logistic
+    fit keeps the latter in float64 too.
+    """
+    recipe = prepared.loaded.recipe
+    if not isinstance(recipe, MoeRecipe):
+        return 0
+    texts = [
+        text
+        for _, _, prompt in prepared.prompts
+        for text in (prompt.text, *(str(message["content"]) for message in prompt.messages))
+    ]
+    tokens = sum(len(text.encode()) for text in texts) // _TOKEN
+    logistic = recipe.gate_mode == "fitted" and recipe.gate_parameters.method == "logistic"
+    return tokens * (hidden_size(prepared.plan.config) or 0) * (8 + 8 * logistic)
+
+
+def peak_memory(prepared: Prepared, settings: Settings) -> int:
+    """Return an estimate of a build's peak memory in bytes: the engine's, or that of the gates."""
+    plan, peak = prepared.plan, engine.peak_memory(prepared.plan, settings)
+    if plan.experts and gates.load(plan.experts.gate_mode).needs_prompts:
+        return max(peak, router_memory(plan) + prompt_memory(prepared))
+    return peak
+
+
+def needs_of(prepared: Prepared, out: Path, device: str = "cpu") -> Needs:
+    """Return what a build takes here; reads no weights.
+
+    Args:
+        prepared: what is to be built.
+        out: the output folder.
+        device: torch device of the arithmetic.
+    """
+    plan, settings = prepared.plan, Settings(device=device)
+    memory = peak_memory(prepared, settings)
+    gpu = gpu_free = None
+    if device != "cpu":
+        gpu = max(memory - engine.INTERPRETER, 0) + CONTEXT
+        gpu_free = _gpu_free(device)
+    disk = sum(shard.nbytes for shard in lay_out(plan.tensors))
+    wide = sum(t.spec.nbytes for t in plan.tensors if t.spec.dtype == FLOAT32)
+    hub = [source for source in plan.sources.values() if isinstance(source, HubSource)]
+    download = sum(source.missing_bytes for source in hub)
+    seconds = max(disk / WRITE, _compute_seconds(plan, settings.workers)) + download / DOWNLOAD
+    folder = out.absolute().parent
+    cache = _cache() if hub else None
+    return Needs(
+        memory,
+        free_memory(),
+        gpu,
+        gpu_free,
+        disk,
+        engine.free_space(folder),
+        wide // 2,
+        download,
+        engine.free_space(cache) if cache else 0,
+        seconds,
+        folder,
+        cache,
+    )
+
+
+def _gpu_free(device: str) -> int | None:
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else None
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def needs_json(found: Needs) -> dict[str, Any]:
+    """Return needs as plain data."""
+    return {
+        **{key: value for key, value in vars(found).items() if key not in ("folder", "cache")},
+        "seconds": round(found.seconds, 1),
+        "folder": str(found.folder),
+        "cache": str(found.cache) if found.cache else None,
+    }
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def needs_table(found: Needs) -> Table:
+    """Return needs as a table: what, how much, of what there is."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("memory", f"about {_gb(found.memory)} of {_gb(found.memory_free)} free")
+    if found.gpu is not None:
+        free = "" if found.gpu_free is None else f" of {_gb(found.gpu_free)} free"
+        table.add_row("GPU", f"about {_gb(found.gpu)}{free}")
+    table.add_row("disk", f"{_gb(found.disk)} of {_gb(found.disk_free)} free in {found.folder}")
+    if found.download:
+        free = f"{_gb(found.cache_free)} free in {found.cache}"
+        table.add_row("download", f"{_gb(found.download)} of {free}")
+    table.add_row("time", f"about {_time(found.seconds)}, gates and evaluation apart")
+    return table
