@@ -63,9 +63,20 @@ class Job(Protocol):
 
 @dataclass
 class CopyJob:
-    """Bytes of an input file that go into an output file as they are."""
+    """Bytes of an input file that go into an output file as they are.
+
+    Attributes:
+        name: output tensor.
+        origin: tensor that they are of, as the input calls it.
+        span: where they lie.
+        dtype: dtype on disk.
+        shard: file that they go to.
+        offset: byte in it where they begin.
+        files: where the bytes go.
+    """
 
     name: str
+    origin: str
     span: FileSpan
     dtype: DType
     shard: str
@@ -79,7 +90,7 @@ class CopyJob:
 
     def describe(self) -> str:
         """Say what it is."""
-        return f"copied from {self.span.path}"
+        return f"copied from {self.origin} in {self.span.path}"
 
     def chunks(self) -> Iterator[Callable[[Evaluator | None, Report], None]]:
         """Yield one copy: threads are better used on different tensors."""
@@ -323,8 +334,8 @@ def measured_levels(expr: Expr) -> list[list[Merge]]:
     return levels
 
 
-def _span(plan: Plan, expr: Expr, spec: TensorSpec) -> FileSpan | None:
-    """Return where the bytes of `expr` stored as `spec` lie in a file, if they do."""
+def _span(plan: Plan, expr: Expr, spec: TensorSpec) -> tuple[str, FileSpan] | None:
+    """Return whose bytes `expr` stored as `spec` are, and where they lie, if a file has them."""
     found = plan.origin(expr)
     if found is None or not plan.is_copy(expr, spec.dtype):
         return None
@@ -332,7 +343,8 @@ def _span(plan: Plan, expr: Expr, spec: TensorSpec) -> FileSpan | None:
     whole = plan.sources[read.source].locate(read.name)
     if whole is None:
         return None
-    return FileSpan(whole.path, whole.offset + start * spec.dtype.itemsize, spec.nbytes)
+    at = whole.offset + start * spec.dtype.itemsize
+    return read.name, FileSpan(whole.path, at, spec.nbytes)
 
 
 def jobs_of(plan: Plan, shards: Sequence[Shard], files: Sink) -> list[CopyJob | MergeJob]:
@@ -342,9 +354,9 @@ def jobs_of(plan: Plan, shards: Sequence[Shard], files: Sink) -> list[CopyJob | 
         for entry in shard.entries:
             offset = entry.offset
             for expr, spec in pieces(entry.tensor):
-                name, span = entry.tensor.name, _span(plan, expr, spec)
-                if span:
-                    jobs.append(CopyJob(name, span, spec.dtype, shard.name, offset, files))
+                name, found = entry.tensor.name, _span(plan, expr, spec)
+                if found:
+                    jobs.append(CopyJob(name, *found, spec.dtype, shard.name, offset, files))
                 else:
                     jobs.append(
                         MergeJob(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from moeforge.errors import Path, SourceError
 from moeforge.planners.model import HEAD, Findings, Model, differences, fact, listing, natural
@@ -56,21 +56,39 @@ def _compare_tokens(
         notes.warn(f"{sizes}: tokens it lacks are lost", fix, path)
     elif sizes:
         notes.error(f"{sizes}, with the same tokens: its further rows are unused", path=path)
+    if moved := tokens_moved(base, expert):
+        what = f"{expert.label} has {len(moved)} tokens under other ids than {base.label}: "
+        fix = "Its MLPs know these by other embeddings than the base's: expect less of it."
+        notes.warn(what + listing(moved, 5), fix, path)
 
 
 def tokens_lost(base: Model, other: Model) -> list[str] | None:
     """Return the tokens of `other` that `base` lacks, by id; None where that cannot be told."""
+    if (both := _both(base, other)) is None:
+        return None
+    known, ids = both
+    return sorted((token for token in ids if token not in known), key=lambda token: ids[token])
+
+
+def tokens_moved(base: Model, other: Model) -> list[str]:
+    """Return the tokens of both that `other` has under another id than `base`, by the base's id."""
+    known, ids = _both(base, other) or ({}, {})
+    moved = (token for token in ids if token in known and known[token] != ids[token])
+    return sorted(moved, key=lambda token: known[token])
+
+
+def _both(base: Model, other: Model) -> tuple[Mapping[str, int], Mapping[str, int]] | None:
+    """Return the ids of the tokens of two models; None where one has no tokenizer to be read."""
     mine, theirs = base.donor.folder, other.donor.folder
     if base.tokenizer is None and other.tokenizer is None and mine and theirs:
         files = (mine / "tokenizer.json", theirs / "tokenizer.json")
         # Equal files need no reading: they are large.
         if all(file.exists() for file in files) and filecmp.cmp(*files, shallow=False):
-            return []
+            return {}, {}
     try:
-        known, ids = tokens_of(base).ids, tokens_of(other).ids
+        return tokens_of(base).ids, tokens_of(other).ids
     except SourceError:
         return None
-    return sorted((token for token in ids if token not in known), key=lambda token: ids[token])
 
 
 def report_extra(

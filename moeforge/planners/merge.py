@@ -9,7 +9,7 @@ from typing import Any
 from moeforge.configs import Config, n_layers, portable
 from moeforge.errors import Path
 from moeforge.planners.combine import Combiner, Seed, Slot, missing_tensors
-from moeforge.planners.fit import tokens_lost, unlike
+from moeforge.planners.fit import tokens_lost, tokens_moved, unlike
 from moeforge.planners.model import (
     EMBEDDINGS,
     HEAD,
@@ -98,13 +98,17 @@ def note_differences(donor: Model, others: Sequence[Model], notes: Findings, pat
             notes.error(f"{sentence}; the result is configured as {donor.label}", path=path)
 
 
-def note_lost_tokens(donor: Model, others: Sequence[Model], notes: Findings, path: Path) -> None:
-    """Warn of tokens that the result will not have, where the recipe does not choose its tokens."""
+def note_other_tokens(donor: Model, others: Sequence[Model], notes: Findings, path: Path) -> None:
+    """Warn of tokens that are lost or have moved, where the recipe does not choose its tokens."""
     for other in others:
         if lost := tokens_lost(donor, other):
             what = f"{other.label} has {len(lost)} tokens that {donor.label} lacks"
             fix = "The result has the tokens of {}: write tokenizer: {{source: union}} for all."
             notes.warn(f"{what}: {listing(lost, 5)}", fix.format(donor.label), path)
+        if moved := tokens_moved(donor, other):
+            what = f"{other.label} has {len(moved)} tokens under other ids than {donor.label}"
+            fix = "One row would be of different tokens: write tokenizer: {source: base}."
+            notes.warn(f"{what}: {listing(moved, 5)}", fix, path)
 
 
 def plan_merge(
@@ -164,7 +168,7 @@ def plan_merge(
     if len(findings) > before:
         return None
     if combiner.vocabulary is None:
-        note_lost_tokens(donor, [model for model in inputs if model is not donor], notes, path)
+        note_other_tokens(donor, [model for model in inputs if model is not donor], notes, path)
     label, scopes = f"{recipe.merge_method} merge", [scope, *around.scopes]
     return merged(label, combiner, donor, inputs, owns, scopes, base, findings)
 

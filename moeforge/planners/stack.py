@@ -17,7 +17,7 @@ from moeforge.planners.merge import (
     assemble,
     finish_config,
     note_differences,
-    note_lost_tokens,
+    note_other_tokens,
     same_shape,
     untie,
 )
@@ -170,7 +170,7 @@ def plan_stack(
     others = {model.label: model for model in inputs if model is not donor}
     note_differences(donor, list(others.values()), notes, path)
     if combiner.vocabulary is None:
-        note_lost_tokens(donor, list(others.values()), notes, path)
+        note_other_tokens(donor, list(others.values()), notes, path)
     by_label = {
         m.label: m
         for m in untie(list({m.label: m for m in (donor, *inputs)}.values()), notes, path)
