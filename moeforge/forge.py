@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeforge import build_report, engine, tuning, vouch
+from moeforge import build_report, engine, sharing, tuning, vouch
 from moeforge.checking import Report, check
 from moeforge.engine import Settings
 from moeforge.errors import BuildError, Finding
@@ -23,6 +24,7 @@ from moeforge.output.staging import refuse_existing
 from moeforge.plans import ROUTERS, Plan
 from moeforge.prepare import Prepared, prepare
 from moeforge.prompting import with_selection
+from moeforge.ranks import Group
 from moeforge.recipe import LoadedRecipe
 from moeforge.routers import Routers, compute_routers, packed, unpacked
 
@@ -91,6 +93,7 @@ def build(
     offline: bool = False,
     verify: bool = True,
     hash_inputs: bool = False,
+    group: Group | None = None,
     progress: Progress = lambda phase, done, total: None,
     note: Callable[[Finding], None] = lambda finding: None,
 ) -> Result:
@@ -108,6 +111,7 @@ def build(
         offline: use only what is in the local Hub cache.
         verify: check the output before it is published.
         hash_inputs: read inputs on this machine whole for the hashes in the lock file.
+        group: the processes that make it together, from `ranks.joined`; all of them call this.
         progress: told what is done.
         note: told what is worth knowing: before work starts, and of the finished result.
 
@@ -122,11 +126,17 @@ def build(
     target = Path(out) if out is not None else Path(prepared.loaded.stem)
     for finding in prepared.notes():
         note(finding)
+    if group:
+        threads, progress = threads or group.threads, group.watching(progress)
     settings = Settings(threads=threads, memory=memory, device=device)
     shards, fits = lay_out(plan.tensors, shard_size), tuple["LayerFit", ...]()
     refuse_existing(target, overwrite=overwrite)
     identity = _fingerprint(prepared, shards, device)
-    with building(target, identity, overwrite=overwrite, note=note) as journal:
+    if group and group.rank:
+        sharing.follow(group, plan, shards, settings, identity)
+        return Result(target, plan, time.perf_counter() - began, None)
+    together = group.together() if group else nullcontext()
+    with building(target, identity, overwrite=overwrite, note=note) as journal, together:
         work = journal.folder
         _check_room(plan, settings, target, sum(seal.nbytes for seal in journal.kept.values()))
         folder.copy_companions(plan.donor.folder, work)
@@ -141,7 +151,10 @@ def build(
             fits = routers.fits
         total = plan.nbytes
         told = lambda done: progress("tensors", done, total)  # noqa: E731
-        sealed = engine.run(plan, shards, work, settings, told, journal.kept, journal.add)
+        if group:
+            sealed = sharing.lead(group, plan, shards, journal, settings, identity, told, note)
+        else:
+            sealed = engine.run(plan, shards, work, settings, told, journal.kept, journal.add)
         folder.write_json(work / "config.json", plan.config)
         for name, code in plan.code.items():
             (work / name).write_text(code, encoding="utf-8")
@@ -163,6 +176,8 @@ def build(
         if tuned:
             sealed = {}  # the routers in them were written over
         verified = vouch.vouch(prepared, plan, work, asked, sealed, progress, note)
+    if group:
+        group.tell(end=True)
     seconds = time.perf_counter() - began
     return Result(target, plan, seconds, found.heldout, fits, tuned, found.routing, verified)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeforge import ranks
 from moeforge.cli.shared import (
     Device,
     Json,
@@ -53,9 +54,15 @@ def build(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print what is done.")] = False,
 ) -> None:
     """Build the model of a recipe."""
-    with reporting(as_json=as_json):
+    leads = ranks.leads()  # of several processes the first speaks for all
+    as_json, quiet = as_json and leads, quiet or not leads
+    with reporting(as_json=as_json), ranks.joined() as group:
         from moeforge import forge
 
+        if (odd := ranks.remark()) and not quiet:
+            note(odd)
+        if group:
+            device = group.device(device)
         limit, per_file = parse_size(memory) if memory else None, parse_size(shard_size)
         check_device(device)
         shown = not quiet and watched(as_json=as_json)
@@ -72,6 +79,7 @@ def build(
                 offline=offline,
                 verify=not no_verify,
                 hash_inputs=hash_inputs,
+                group=group,
                 progress=progress,
                 note=note if not quiet else lambda finding: None,
             )

@@ -1,0 +1,373 @@
+"""Several processes make one build: the same bytes as one, whoever is lost on the way."""
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file, save_file
+from test_crash import RECIPES, write_recipe
+
+from moeforge import ranks, sharing
+from moeforge.engine import writer
+from moeforge.errors import BuildError
+from moeforge.ranks import group as groups
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "moeforge.forge", "moeforge.engine.evaluate", "test_ranks"])
+"""So that a rank costs no imports; it is a process of its own all the same."""
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def run_rank(variables, folder, log, arguments, pause):
+    """What a process of the launch does: the command line, slowed down where it writes."""
+    os.environ.update(variables)
+    os.chdir(folder)
+    said = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    real = writer.OutputFiles.write
+
+    def write(*given):
+        time.sleep(pause)
+        real(*given)
+
+    writer.OutputFiles.write = write
+    from moeforge.cli import main
+
+    sys.argv = ["moeforge", "build", "recipe.yml", "-o", "out", "--no-verify", *arguments]
+    main()
+
+
+class Launch:
+    """The ranks of a launch; `more` is what only one of them is told on its command line."""
+
+    def __init__(self, folder, size, *arguments, pause=0.0, more=()):
+        port, self.folder, self.began = str(free_port()), folder, time.monotonic()
+        self.logs = [folder / f"rank{rank}.log" for rank in range(size)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            log.unlink(missing_ok=True)
+            numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank}
+            here = {"LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            variables = {name: str(value) for name, value in (numbers | here).items()}
+            own = [*arguments, *dict(more).get(rank, ())]
+            process = FORKS.Process(target=run_rank, args=(variables, folder, log, own, pause))
+            process.start()
+            self.processes.append(process)
+
+    def kill(self, rank, number=signal.SIGKILL):
+        os.kill(self.processes[rank].pid, number)
+
+    def until_sealed(self, count):
+        """Wait until the journal holds `count` files."""
+        journal = self.folder / ".out.moeforge" / "journal.json"
+        for _ in range(3000):
+            with contextlib.suppress(OSError, ValueError):
+                files = json.loads(journal.read_text())["files"].keys() - {"routers"}
+                if len(files) >= count:
+                    return
+            assert all(process.is_alive() for process in self.processes), self.end()
+            time.sleep(0.01)
+        pytest.fail("nothing was sealed")
+
+    def end(self, seconds=30):
+        """Wait for all ranks; return their exit codes and what they said."""
+        began = time.monotonic()
+        for process in self.processes:
+            process.join(max(0, began + seconds - time.monotonic()))
+        late = [process for process in self.processes if process.is_alive()]
+        for process in late:
+            process.kill()
+        said = [log.read_text() if log.exists() else "" for log in self.logs]
+        assert not late, said
+        return [process.exitcode for process in self.processes], said
+
+
+def files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Two folders with the same recipe in them: for one process, and for several."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    return SimpleNamespace(one=tmp_path / "one", many=tmp_path / "many")
+
+
+def alone(kind, llamas, places, *arguments):
+    for folder in (places.one, places.many):
+        write_recipe(kind, llamas, folder)
+    codes, said = Launch(places.one, 1, *arguments).end()
+    assert codes == [0], said
+    return files(places.one / "out")
+
+
+SHARDS = ("--shard-size", "100kB")
+
+
+@pytest.mark.parametrize(("kind", "size"), [("slerp", 2), ("mixture", 3), ("stack", 4)])
+def test_the_same_bytes_as_one_process(kind, size, llamas, places):
+    expected = alone(kind, llamas, places, *SHARDS)
+    assert len(expected) > 8
+    codes, said = Launch(places.many, size, *SHARDS).end()
+    assert codes == [0] * size, said
+    assert files(places.many / "out") == expected
+    assert "out: " in said[0]
+    assert not any(said[1:]), "rank 0 speaks for all"
+    assert not (places.many / ".out.moeforge").exists()
+
+
+def test_every_rank_makes_its_part(llamas, places):
+    """Each shard is made by one rank: no rank opens files of another."""
+    write_recipe("slerp", llamas, places.many)
+    launch = Launch(places.many, 3, *SHARDS, pause=0.05)
+    launch.until_sealed(3)
+    opened = [
+        {
+            link.resolve().name
+            for link in Path(f"/proc/{process.pid}/fd").iterdir()
+            if link.resolve().suffix == ".safetensors" and "out" in str(link.resolve())
+        }
+        for process in launch.processes
+    ]
+    launch.end()
+    assert all(opened)
+    assert not any(one & other for one, other in itertools.combinations(opened, 2))
+
+
+def test_more_ranks_than_files(llamas, places):
+    expected = alone("slerp", llamas, places)
+    codes, said = Launch(places.many, 3).end()
+    assert codes == [0, 0, 0], said
+    assert "note: 3 ranks, 1 weights file to make: the other ranks wait" in said[0]
+    assert files(places.many / "out") == expected
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_killed_rank_ends_the_launch_and_the_next_goes_on(lost, llamas, places):
+    kind, again = [("slerp", 1), ("mixture", 2), ("stack", 4)][lost]
+    expected = alone(kind, llamas, places, *SHARDS)
+    launch = Launch(places.many, 3, *SHARDS, pause=0.06)
+    launch.until_sealed(2)
+    launch.kill(lost)
+    codes, said = launch.end(8)
+    codes.pop(lost), said.pop(lost)
+    assert codes == [5, 5], said
+    assert f"rank {lost} is lost: " in said[0]
+    if lost:
+        assert said[0].startswith("error: rank")
+        assert "finished and kept in" in said[0]
+        assert not said[1]
+    else:
+        assert said[0].startswith("error: rank 1: rank 0 is lost: ")
+    assert not (places.many / "out").exists()
+
+    codes, said = Launch(places.many, again, *SHARDS).end()
+    assert codes == [0] * again, said
+    assert "going on where the last run stopped" in said[0]
+    assert files(places.many / "out") == expected
+
+
+def test_what_the_launcher_does_to_the_others_is_not_taken_for_a_wish(llamas, places):
+    """torchrun ends all ranks with SIGTERM as soon as it sees one end."""
+    write_recipe("slerp", llamas, places.many)
+    launch = Launch(places.many, 3, *SHARDS, pause=0.06)
+    launch.until_sealed(1)
+    launch.kill(1)
+    launch.kill(0, signal.SIGTERM)
+    launch.kill(2, signal.SIGTERM)
+    codes, said = launch.end(8)
+    assert codes[:2] == [5, -signal.SIGKILL], said
+    assert codes[2] in (5, 130), said
+    assert "rank 1 is lost" in said[0]
+    assert not said[2]
+
+
+def test_stopped_by_its_user(llamas, places):
+    write_recipe("slerp", llamas, places.many)
+    launch = Launch(places.many, 2, *SHARDS, pause=0.06)
+    launch.until_sealed(1)
+    launch.kill(0, signal.SIGTERM)
+    launch.kill(1, signal.SIGTERM)
+    codes, said = launch.end(8)
+    assert codes[0] in (130, 143), said
+    assert "stopped; nothing was published" in said[0]
+    assert "kept in" in said[0]
+    assert not said[1]
+
+
+def test_rank_0_tells_what_another_met(llamas, models, places):
+    """The last file is another rank's; what it is made of has a NaN."""
+    bad = models.copy(llamas[1], "ranks-nan")
+    tensors = load_file(bad / "model.safetensors")
+    names = sorted(tensors)
+    for name in names:
+        if "layers.3." in name:
+            tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, bad / "model.safetensors", {"format": "pt"})
+    write_recipe("slerp", [llamas[0], bad], places.many)
+    codes, said = Launch(places.many, 4, *SHARDS).end()
+    assert codes == [5] * 4, said
+    assert "1 NaN value" in said[0]
+    assert "error: rank " in said[0] or "model.layers.3" in said[0]
+    assert not any(said[1:])
+    assert not (places.many / "out").exists()
+
+
+def test_a_rank_that_would_make_other_bytes_is_refused(llamas, places):
+    write_recipe("slerp", llamas, places.many)
+    more = {1: ("--shard-size", "90kB")}
+    codes, said = Launch(places.many, 2, *SHARDS, more=more).end()
+    assert codes == [5, 5]
+    assert "rank 1 would not make the same bytes as rank 0" in said[0]
+    assert not said[1]
+
+
+def test_a_mistake_in_the_recipe_is_told_once(llamas, places):
+    recipe = RECIPES["slerp"](*llamas[:2]) | {"merge_method": "slurp"}
+    (places.many / "recipe.yml").write_text(json.dumps(recipe))
+    codes, said = Launch(places.many, 2).end()
+    assert codes == [2, 2]
+    assert 'did you mean "slerp"' in said[0]
+    assert not said[1]
+
+
+def test_accelerate_launch(llamas, places):
+    """The real launcher, router weights that a model is run for, and all checks."""
+    for folder in (places.one, places.many):
+        recipe = RECIPES["mixture"](*llamas[:2]) | {"gate_mode": "hidden"}
+        (folder / "recipe.yml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", "2", "--main_process_port", "0"]
+    command += ["-m", "moeforge", "build", "recipe.yml", "-o", "out", *SHARDS]
+    run = subprocess.Popen(
+        command, cwd=places.many, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    codes, said = Launch(places.one, 1, *SHARDS).end()
+    assert codes == [0], said
+    printed, error = run.communicate(timeout=60)
+    assert run.returncode == 0, error
+    assert printed.count("out: MixtralForCausalLM") == 1
+    assert files(places.many / "out") == files(places.one / "out")
+
+
+def test_files_are_divided_by_bytes():
+    shards = [
+        SimpleNamespace(name=f"{n}", nbytes=size) for n, size in enumerate([5, 5, 5, 5, 2, 9, 1])
+    ]
+    parts = sharing.divide(shards, 3)
+    assert sorted(shard.name for part in parts for shard in part) == [*"0123456"]
+    assert sorted(sum(shard.nbytes for shard in part) for part in parts) == [10, 11, 11]
+    assert parts == sharing.divide(shards[::-1], 3)
+    assert [len(part) for part in sharing.divide(shards[:2], 4)] == [1, 1, 0, 0]
+
+
+def pair(monkeypatch, **values):
+    for name, value in values.items():
+        monkeypatch.setattr(groups, name, value)
+    mine, theirs = socket.socketpair()
+    return groups.Group(0, 2, {1: groups.Link(mine)}, 1, 0), groups.Link(theirs)
+
+
+def test_a_silent_rank_is_lost(monkeypatch):
+    group, other = pair(monkeypatch, SILENCE=0.3)
+    began = time.monotonic()
+    with pytest.raises(BuildError, match="rank 1 is lost: it has said nothing for 0 s"):
+        group.wait("anything")
+    assert 0.2 < time.monotonic() - began < 5
+    other.close()
+    group.leave()
+
+
+def test_what_fails_while_something_is_heard_is_raised(monkeypatch):
+    group, other = pair(monkeypatch)
+
+    def refuse(value):
+        raise OSError(28, "No space left on device", value)
+
+    group.listen("sealed", refuse)
+    other.send(sealed="a.safetensors")
+    with pytest.raises(OSError, match=r"No space left.*a\.safetensors"):
+        group.wait("finished")
+    other.close()
+    group.leave()
+
+
+def test_a_folder_that_is_not_shared(tmp_path):
+    with pytest.raises(BuildError, match="is not the same folder here"):
+        sharing._refuse_elsewhere(tmp_path, "token")
+    (tmp_path / "launch").write_text("another")
+    with pytest.raises(BuildError, match="Choose an output with -o on a file system"):
+        sharing._refuse_elsewhere(tmp_path, "token")
+    (tmp_path / "launch").write_text("token")
+    sharing._refuse_elsewhere(tmp_path, "token")
+
+
+def test_strangers_are_not_let_in(monkeypatch):
+    from torch.distributed import HashStore
+
+    store, welcomed, until = HashStore(), {}, time.monotonic() + 20
+    here = ranks.Place(0, 2, 0, 2)
+    thread = threading.Thread(
+        target=lambda: welcomed.update(ranks._welcome(store, here, until)), daemon=True
+    )
+    thread.start()
+    port, _ = json.loads(store.get("moeforge"))
+    for line in (b'{"rank": 1, "token": "guess"}\n', b"GET / HTTP/1.1\n", b'{"rank": 1}\n', b""):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(line)
+    link = ranks._greet(store, ranks.Place(1, 2, 1, 2))
+    thread.join(20)
+    link.send(well=True)
+    assert welcomed[1].read()["well"]
+
+
+def test_a_rank_that_does_not_come(monkeypatch):
+    from torch.distributed import HashStore
+
+    with pytest.raises(OSError, match="rank 1, 2 did not come"):
+        ranks._welcome(HashStore(), ranks.Place(0, 3, 0, 3), time.monotonic())
+
+
+def test_one_process_where_several_were_wanted(llamas, places):
+    """`accelerate launch --num_processes 2` starts a single one where there is no GPU."""
+    write_recipe("stack", llamas, places.one)
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-m",
+            "moeforge",
+            "build",
+            "recipe.yml",
+            "--no-verify",
+        ],
+        cwd=places.one,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "warning: the launcher has set MASTER_ADDR but not RANK" in run.stderr
+    assert "--multi_gpu" in run.stderr
+    imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
+    assert "moeforge.ranks" in imported
+    assert not {"torch", "torch.distributed", "accelerate"} & imported
