@@ -72,6 +72,12 @@ class Finding:
         return visible(f"{where}{self.what}{fix}")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Say whether `error` means that memory is short: Python's, torch's, or a device's."""
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
 class MoeforgeError(Exception):
     """Base of all errors that moeforge raises on purpose; carries one or more findings."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
 from moeforge.cli import mixtures, models, prompts, proofs, recipes
+from moeforge.cli.unexpected import DEBUG
 from moeforge.version import __version__
 
 app = typer.Typer(
@@ -46,8 +48,12 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar=DEBUG, help="Print tracebacks of errors.")
+    ] = False,
 ) -> None:
-    pass
+    if debug:
+        os.environ[DEBUG] = "1"  # the processes that a command starts read it too
 
 
 def main() -> None:

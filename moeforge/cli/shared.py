@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeforge.cli.unexpected import debugging, hidden, mistake, trace, translated
 from moeforge.errors import BuildError, Finding, MoeforgeError
 
 if TYPE_CHECKING:
@@ -118,12 +119,7 @@ def reporting(*, as_json: bool = False) -> Iterator[None]:
         with _terminable():
             yield
     except MoeforgeError as error:
-        if as_json:
-            print_json({"errors": findings_json(error.findings)})
-        for finding in error.findings:
-            print(f"error: {finding}", file=sys.stderr)
-        _print_notes(error)
-        raise typer.Exit(error.exit_code) from None
+        raise _told(error, error.findings, error.exit_code, as_json=as_json) from None
     except KeyboardInterrupt as error:
         print("stopped; nothing was published", file=sys.stderr)
         _print_notes(error)
@@ -131,6 +127,27 @@ def reporting(*, as_json: bool = False) -> Iterator[None]:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as error:
+        known = translated(error)
+        findings = known.findings if known else (mistake(error),)
+        code = known.exit_code if known else MoeforgeError.exit_code
+        raise _told(error, findings, code, as_json=as_json) from None
+
+
+def _told(
+    error: Exception, findings: tuple[Finding, ...], code: int, *, as_json: bool
+) -> typer.Exit:
+    """Print what is wrong; return the exit."""
+    if debugging():
+        print(trace(error), file=sys.stderr)
+    if as_json:
+        print(hidden(json.dumps({"errors": findings_json(findings)}, indent=2)))
+    for finding in findings:
+        print(hidden(f"error: {finding}"), file=sys.stderr)
+    _print_notes(error)
+    return typer.Exit(code)
 
 
 def _print_notes(error: BaseException) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from moeforge.errors import BuildError, Finding, MoeforgeError
+from moeforge.errors import BuildError, Finding, MoeforgeError, out_of_memory
 from moeforge.finite import Odd, count_odd
 from moeforge.plans import Expr, Fill, Merge, Plan, Read, inputs, walk
 from moeforge.tensors import DType
@@ -20,7 +20,11 @@ def explain(error: BaseException, job: Any) -> MoeforgeError:
     if isinstance(error, MoeforgeError):
         return error
     kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-    if job is None:
+    if out_of_memory(error):
+        where = f"{job.name}: " if job else ""
+        fix = "Use fewer --threads, give --memory what is free, or end other programs."
+        explained = BuildError(Finding(f"{where}there is not enough memory", fix))
+    elif job is None:
         explained = BuildError(Finding(f"{kind}{error}", "Nothing was published."))
     else:
         what = f"{job.name}: {kind}{error}; it is {job.describe()}"
