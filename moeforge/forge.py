@@ -168,6 +168,7 @@ def build(
             device=device,
             progress=lambda step: progress("router training", step.number, step.steps),
             teaching=lambda done, total: progress("teachers", done, total),
+            changing=journal.forget,
         )
         found = build_report.measure_and_tell(
             prepared, plan, work, target.name, tuned, progress, note

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,32 @@ def test_gates_are_not_computed_twice(llamas, tmp_path, monkeypatch):
     assert weights(tmp_path / "out") == expected
 
 
+def test_stopped_after_its_routers_were_tuned(llamas, tmp_path, monkeypatch):
+    """What training has changed is made and trained again, and nobody blames the disk."""
+    recipe = mixture(*llamas[:2])
+    for expert in recipe["experts"]:
+        expert["positive_prompts"] *= 20
+    recipe["tune"] = {"steps": 4, "batch": 4, "learning_rate": 0.003, "balance": 1.0}
+    forge.build(recipe, tmp_path / "whole", shard_size=100_000, verify=False)
+    expected = weights(tmp_path / "whole")
+    plain = {key: value for key, value in recipe.items() if key != "tune"}
+    forge.build(plain, tmp_path / "plain", shard_size=100_000, verify=False)
+    assert weights(tmp_path / "plain") != expected, "the routers were tuned"
+
+    def stop(*arguments):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forge.vouch, "vouch", stop)
+        with pytest.raises(Stop):
+            forge.build(recipe, tmp_path / "out", shard_size=100_000)
+    assert not (tmp_path / "out").exists()
+    made, said = go_on(llamas, tmp_path, recipe)
+    assert "not as the last run left it" not in said
+    assert 0 < len(made) < len(expected)
+    assert weights(tmp_path / "out") == expected
+
+
 @pytest.mark.parametrize("kind", RECIPES)
 def test_killed_at_any_moment(kind, llamas, tmp_path):
     expected = whole(kind, llamas, tmp_path / "whole")
@@ -177,7 +204,7 @@ def test_killed_at_any_moment(kind, llamas, tmp_path):
     draw = random.Random(f"{kind} 1")
     began = time.monotonic()
     subprocess.run([*COMMAND, *SHARDS, "-q"], cwd=tmp_path, check=True)
-    lasts = time.monotonic() - began
+    lasts, found = time.monotonic() - began, Counter()
     for _ in range(-(-KILLS // len(RECIPES))):
         subprocess.run(["rm", "-rf", "out"], cwd=tmp_path, check=True)
         for _ in range(2):
@@ -185,12 +212,24 @@ def test_killed_at_any_moment(kind, llamas, tmp_path):
             time.sleep(draw.uniform(0.4, 1.0) * lasts)
             build.kill()
             build.wait()
+            found[_state(tmp_path)] += 1
             if (tmp_path / "out").exists():
                 assert weights(tmp_path / "out") == expected
                 break
         else:
             subprocess.run([*COMMAND, *SHARDS, "-q"], cwd=tmp_path, check=True)
         assert weights(tmp_path / "out") == expected
+    print(f"{kind}: {sum(found.values())} kills, {dict(found)}")  # for docs/faults.md
+
+
+def _state(folder):
+    """How far a build had come when it was killed."""
+    if (folder / "out").exists():
+        return "after publishing"
+    work = folder / ".out.moeforge"
+    if (work / "journal.json").exists():
+        return "with finished files"
+    return "while writing" if (work / "model").exists() else "before writing"
 
 
 @pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 
 import pytest
 import tiny
@@ -572,3 +573,14 @@ def test_the_command_says_in_json_what_training_came_to(made, tmp_path):
     tuned = json.loads(run.stdout)["tuned"]
     assert tuned["heldout"]["after"] <= tuned["heldout"]["before"]
     assert 0 < tuned["steps"] <= FAST["steps"]
+
+
+def test_a_link_to_a_private_file_is_not_copied(made, tmp_path):
+    """What lies beside a strange mixture would be published with the tuned one."""
+    folder = tmp_path / "strange"
+    shutil.copytree(made / "two", folder)
+    (tmp_path / "id_rsa").write_text("secret")
+    (folder / "tokenizer.model").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(SourceError, match=r"is a link to .*id_rsa"):
+        tune(folder, tmp_path / "out", settings(made, steps=1))
+    assert not (tmp_path / "out").exists()

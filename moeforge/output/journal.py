@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,6 +110,13 @@ class Journal:
         """Write down that file `name`, which is on the disk, is finished; from any thread."""
         with self._lock:
             self._sealed[name] = seal
+            self._write()
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Write down that files are about to change: a run to come makes them again."""
+        with self._lock:
+            for name in names:
+                self._sealed.pop(name, None)
             self._write()
 
     def keep_routers(self, data: bytes) -> None:

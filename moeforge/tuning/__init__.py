@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -116,6 +116,7 @@ def tune_built(
     device: str = "cpu",
     progress: Told = lambda step: None,
     teaching: Asked = lambda done, total: None,
+    changing: Callable[[Iterable[str]], None] = lambda files: None,
 ) -> Tuned | None:
     """Train the routers of the mixture that a build has just made, in its place.
 
@@ -126,6 +127,7 @@ def tune_built(
         device: as in `tune`.
         progress: told every step.
         teaching: told the teachers that were asked, and their number.
+        changing: told the names of the files that are about to be written to.
 
     Returns:
         What came of it; None where the recipe does not ask for it.
@@ -154,6 +156,8 @@ def tune_built(
     wish = _Wish(settings, documents, recipe.seed, labels, dense, device, code)
     made, places = _train(work, wish, progress, teaching)
     before = write.fingerprint(work, places)
+    if made[0].step:
+        changing({place.span.path.name for place in places})
     return _finish(work, work, wish, made, places, before, began)
 
 

@@ -19,6 +19,7 @@ from moeforge.routing import Router
 from moeforge.sources import FileSpan
 from moeforge.sources.folder import FolderSource
 from moeforge.tensors import DType, TensorSpec
+from moeforge.texts import refuse_links
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,6 +115,7 @@ def copy_checkpoint(folder: Path, to: Path) -> None:
     """Copy everything in `folder` into the empty folder `to`; links become what they point to.
 
     Raises:
+        SourceError: a link leads to something else than what it is called.
         BuildError: the disk refuses.
     """
     needed = sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())
@@ -123,6 +125,7 @@ def copy_checkpoint(folder: Path, to: Path) -> None:
     for item in sorted(folder.iterdir()):
         if item.name.startswith("."):
             continue  # of version control and download caches
+        refuse_links(item)
         if item.is_dir():
             shutil.copytree(item, to / item.name, copy_function=_copy)
         else:
