@@ -164,7 +164,7 @@ def test_a_killed_rank_ends_the_launch_and_the_next_goes_on(lost, llamas, places
     kind, again = [("slerp", 1), ("mixture", 2), ("stack", 4)][lost]
     expected = alone(kind, llamas, places, *SHARDS)
     launch = Launch(places.many, 3, *SHARDS, pause=0.06)
-    launch.until_sealed(2)
+    launch.until_sealed(4)  # more than rank 0 makes of the seven
     launch.kill(lost)
     codes, said = launch.end(8)
     codes.pop(lost), said.pop(lost)
@@ -278,15 +278,75 @@ def test_files_are_divided_by_bytes():
     assert [len(part) for part in sharing.divide(shards[:2], 4)] == [1, 1, 0, 0]
 
 
-def pair(monkeypatch, **values):
-    for name, value in values.items():
-        monkeypatch.setattr(groups, name, value)
+def pair(rank=0):
+    """A group of two as `rank` sees it, and the other end of its connection."""
     mine, theirs = socket.socketpair()
-    return groups.Group(0, 2, {1: groups.Link(mine)}, 1, 0), groups.Link(theirs)
+    return groups.Group(rank, 2, {1 - rank: groups.Link(mine)}, 1, 0), groups.Link(theirs)
+
+
+def read_on(link, ended):
+    with contextlib.suppress(OSError):
+        while True:
+            link.read()
+    ended.append(time.monotonic())
+
+
+def test_rank_0_waits_until_the_others_have_ended_their_work():
+    group, other = pair()
+    ended = []
+    threading.Thread(target=read_on, args=(other, [])).start()
+
+    def work():
+        time.sleep(0.4)
+        ended.append(time.monotonic())
+        other.end()
+
+    threading.Thread(target=work).start()
+    with pytest.raises(ValueError, match="of rank 0"), group.together():
+        raise ValueError("of rank 0")
+    assert ended
+    group.leave()
+
+
+def test_another_rank_ends_when_its_work_has():
+    group, leader = pair(rank=1)
+    ended = []
+    leader.send(failed=[], code=4)
+    leader.end()
+    reader = threading.Thread(target=read_on, args=(leader, ended))
+    reader.start()
+
+    def work():
+        time.sleep(0.4)
+        assert not ended
+        raise FileNotFoundError("its folder is gone")
+
+    with pytest.raises(BuildError) as caught, group.together():
+        work()
+    assert (caught.value.exit_code, caught.value.findings) == (4, ())
+    reader.join(5)
+    assert ended
+    group.leave()
+
+
+def test_forked_workers_do_not_hold_the_connection():
+    group, other = pair()
+    number = group._links[1]._peer.fileno()
+    child = os.fork()
+    if not child:
+        try:
+            os.fstat(number)
+        except OSError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    other.end()
+    group.leave()
 
 
 def test_a_silent_rank_is_lost(monkeypatch):
-    group, other = pair(monkeypatch, SILENCE=0.3)
+    monkeypatch.setattr(groups, "SILENCE", 0.3)
+    group, other = pair()
     began = time.monotonic()
     with pytest.raises(BuildError, match="rank 1 is lost: it has said nothing for 0 s"):
         group.wait("anything")
@@ -295,8 +355,8 @@ def test_a_silent_rank_is_lost(monkeypatch):
     group.leave()
 
 
-def test_what_fails_while_something_is_heard_is_raised(monkeypatch):
-    group, other = pair(monkeypatch)
+def test_what_fails_while_something_is_heard_is_raised():
+    group, other = pair()
 
     def refuse(value):
         raise OSError(28, "No space left on device", value)
@@ -319,7 +379,7 @@ def test_a_folder_that_is_not_shared(tmp_path):
     sharing._refuse_elsewhere(tmp_path, "token")
 
 
-def test_strangers_are_not_let_in(monkeypatch):
+def test_strangers_are_not_let_in_and_ranks_find_the_door():
     from torch.distributed import HashStore
 
     store, welcomed, until = HashStore(), {}, time.monotonic() + 20
@@ -328,17 +388,20 @@ def test_strangers_are_not_let_in(monkeypatch):
         target=lambda: welcomed.update(ranks._welcome(store, here, until)), daemon=True
     )
     thread.start()
-    port, _ = json.loads(store.get("moeforge"))
+    port, token = json.loads(store.get("moeforge"))
     for line in (b'{"rank": 1, "token": "guess"}\n', b"GET / HTTP/1.1\n", b'{"rank": 1}\n', b""):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(line)
-    link = ranks._greet(store, ranks.Place(1, 2, 1, 2))
+    store.set("moeforge", json.dumps([free_port(), "of a launch before"]))
+    knocking = threading.Timer(0.2, store.set, ("moeforge", json.dumps([port, token])))
+    knocking.start()
+    link = ranks._greet(store, ranks.Place(1, 2, 1, 2), until)
     thread.join(20)
     link.send(well=True)
     assert welcomed[1].read()["well"]
 
 
-def test_a_rank_that_does_not_come(monkeypatch):
+def test_a_rank_that_does_not_come():
     from torch.distributed import HashStore
 
     with pytest.raises(OSError, match="rank 1, 2 did not come"):

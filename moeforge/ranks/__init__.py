@@ -17,10 +17,10 @@ from datetime import timedelta
 from typing import Any
 
 from moeforge.errors import BuildError, Finding
-from moeforge.ranks.group import Group, Link
+from moeforge.ranks.group import SILENCE, Group, Link
 
-JOIN = 300.0
-"""Seconds in which all ranks must have come."""
+JOIN, _RETRY = 300.0, 0.5
+"""Seconds in which all ranks must have come, and after which one knocks again."""
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -101,7 +101,9 @@ def _links(where: Place) -> dict[int, Link]:
         (store, *_) = next(
             iter(rendezvous("env://", where.rank, where.size, timeout=timedelta(seconds=JOIN)))
         )
-        return _welcome(store, where, until) if where.rank == 0 else {0: _greet(store, where)}
+        if where.rank == 0:
+            return _welcome(store, where, until)
+        return {0: _greet(store, where, until)}
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         what = f"rank {where.rank} of {where.size} did not find the others: {reason}"
@@ -126,6 +128,7 @@ def _welcome(store: Any, where: Place, until: float) -> dict[int, Link]:
                 hello = link.read()
                 if secrets.compare_digest(str(hello.get("token")), token):
                     links[int(hello["rank"])] = link
+                    link.send(welcome=True)
                     continue
             link.close()
     return links
@@ -141,13 +144,21 @@ def _listening(where: Place) -> socket.socket:
     return socket.create_server(("", 0), backlog=where.size)
 
 
-def _greet(store: Any, where: Place) -> Link:
+def _greet(store: Any, where: Place, until: float) -> Link:
     """Connect to rank 0."""
-    port, token = json.loads(store.get("moeforge"))
     host = "127.0.0.1" if where.local_size == where.size else os.environ["MASTER_ADDR"]
-    link = Link(socket.create_connection((host, port), JOIN))
-    link.send(rank=where.rank, token=token)
-    return link
+    while True:
+        port, token = json.loads(store.get("moeforge"))
+        try:
+            link = Link(socket.create_connection((host, port), SILENCE))
+            link.send(rank=where.rank, token=token)
+            link.read()
+            return link
+        except (OSError, ValueError):
+            # Where a launcher starts its ranks anew, that may be the door of the one before.
+            if time.monotonic() > until:
+                raise
+            time.sleep(_RETRY)
 
 
 __all__ = ["Group", "Place", "joined", "leads", "place", "remark"]
