@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from moeforge.errors import Path, SourceError
 from moeforge.planners.model import HEAD, Findings, Model, differences, fact, listing, natural
 from moeforge.planners.vocab import tokens_of
+from moeforge.vocabulary import present
 
 _MUST_AGREE = ("hidden_size", "num_hidden_layers", "hidden_act")
 _POSITIONS = ("rope_theta", "rope_scaling", "max_position_embeddings")
@@ -85,6 +86,9 @@ def _both(base: Model, other: Model) -> tuple[Mapping[str, int], Mapping[str, in
         # Equal files need no reading: they are large.
         if all(file.exists() for file in files) and filecmp.cmp(*files, shallow=False):
             return {}, {}
+        # Nor is transformers, which takes seconds to import, asked whether there is anything.
+        if not (present(mine) and present(theirs)):
+            return None
     try:
         return tokens_of(base).ids, tokens_of(other).ids
     except SourceError:
