@@ -52,13 +52,19 @@ def drop(index: int, delta: Tensor, params: Params, found: Any, place: Place) ->
     Source: Yu et al., "Language models are super Mario" (DARE), arXiv 2311.03099.
     """
     import numpy as np
-    import torch
 
     bound = round(max(densities(params)[index], 0.0) * 2**16)
     if bound >= 2**16:
         return
     drawn = draws(derive(params["key"], index), place.start, delta.numel())
-    kept = drawn < np.int16(bound - 2**15)
+    keep(delta, drawn < np.int16(bound - 2**15))
+
+
+def keep(delta: Tensor, kept: Any) -> None:
+    """Multiply a delta in place with a numpy array of bools of its shape."""
+    import numpy as np
+    import torch
+
     if delta.device.type != "cpu":
         delta.mul_(torch.from_numpy(kept).to(delta.device))
         return

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from moeforge.methods import Params, Place
-from moeforge.methods._random import derive, draws
+from moeforge.methods._random import derive, draws, keep
 from moeforge.methods._task import densities
 
 if TYPE_CHECKING:
@@ -26,18 +26,20 @@ def check(params: Params) -> str:
 
 
 @lru_cache(maxsize=64)
-def _ranks_needed(density: float, epsilon: float, row: int) -> Any:
+def _ranks_needed(density: float, epsilon: float, row: int) -> tuple[int, int, Any]:
     """Return for each draw of 16 bits the rank (from 0) from which on an element is kept.
 
-    An element of rank r among n is kept with probability density − ε + 2ε·r/(n−1). Rank `row`
-    means never. An int32 array [2¹⁶], indexed by the draw as an unsigned number.
+    An element of rank r among n is kept with probability density − ε + 2ε·r/(n−1). So draws below
+    a first bound keep any rank, and from a second bound on none: the bounds, and an array [2¹⁶] of
+    int32 with the ranks, all by draws as unsigned numbers.
     """
     import numpy as np
 
     span = 2 * epsilon / (row - 1) if row > 1 else 0.0
     lowest = density - epsilon if row > 1 else density
     kept_below = np.round((lowest + span * np.arange(row)) * 2**16)
-    return np.searchsorted(kept_below, np.arange(2**16), side="right").astype(np.int32)
+    needed = np.searchsorted(kept_below, np.arange(2**16), side="right").astype(np.int32)
+    return int(kept_below[0]), int(kept_below[-1]), needed
 
 
 def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
@@ -47,7 +49,6 @@ def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: P
     kept with probability `density`.
     """
     import numpy as np
-    import torch
 
     density, epsilon = densities(params)[index], params["epsilon"][index + 1]
     if density <= 0:
@@ -56,10 +57,15 @@ def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: P
     row = place.row
     bits = delta.abs().float().cpu().numpy().view(np.int32).reshape(-1, row)
     # One key per element, in the order of magnitude and then of position.
-    keys = (bits.astype(np.int64) << 32) | np.arange(row, dtype=np.int64)
-    never = np.full((len(keys), 1), np.iinfo(np.int64).max)
-    ordered = np.concatenate([np.sort(keys, axis=1), never], axis=1)
-    drawn = draws(derive(params["key"], index), place.start, delta.numel()).astype(np.int64) + 2**15
-    needed = _ranks_needed(density, epsilon, row)[drawn].reshape(-1, row)
-    kept = keys >= np.take_along_axis(ordered, needed, axis=1)
-    delta.mul_(torch.from_numpy(kept.reshape(-1)).to(delta.device))
+    keys = bits.astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(row, dtype=np.int64)
+    ordered = np.sort(keys, axis=1).reshape(-1)
+    surely, maybe, needed = _ranks_needed(density, epsilon, row)
+    drawn = draws(derive(params["key"], index), place.start, delta.numel())
+    kept = drawn < surely - 2**15
+    # Of most elements the draw alone decides; only of the others the rank is looked at.
+    open_ = np.flatnonzero((drawn < maybe - 2**15) ^ kept)
+    ranks = needed.take(drawn.take(open_).astype(np.int64) + 2**15)
+    kept[open_] = keys.reshape(-1).take(open_) >= ordered.take(open_ // row * row + ranks)
+    keep(delta, kept)

@@ -8,11 +8,11 @@ its recipes mean the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moeforge.methods import REQUIRED, Measurement, Method, Param, Params, Place
-from moeforge.methods._sums import absolute, total
+from moeforge.methods import REQUIRED, Measurement, Method, Param, Params, Place, Scan
+from moeforge.methods._sums import absolute, add_up
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,7 @@ Sparsify = Callable[[int, "Tensor", Params, Any, Place], None]
 """(index among the models that are not the base, delta, params, what `find` returned, place): sets
 small or unlucky elements of the delta to zero."""
 Find = Callable[[Params, Place], Measurement]
+Kept = dict[tuple[int, int], Any]
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,17 @@ class Stats:
     Attributes:
         found: what the sparsifier must know, such as thresholds.
         factors: for each delta, what its kept elements are multiplied with.
+        kept: which elements of the deltas are kept, as bits [models, elements / 8], by start and
+            length of the slice; of slices that are not there it is found out again.
     """
 
     found: Any
     factors: tuple[float, ...]
+    kept: Kept = field(default_factory=dict)
 
 
+HELD = 2**28
+"""Bits of one tensor's random choices that are held from measuring to merging, at most."""
 _TINY = 1e-7
 """Sums of magnitudes below this are not rescaled, as in mergekit."""
 
@@ -58,6 +64,16 @@ def added(parts: Tensor) -> Tensor:
     for part in parts[2:]:  # faster than a reduction over the first dimension
         result.add_(part)
     return result
+
+
+_FEW = 4
+"""Parts up to which torch adds up the first dimension in their order, in every element."""
+
+
+def summed(parts: Tensor) -> Tensor:
+    """Return what parts.sum(0) gives, to the bit, several times faster for few parts."""
+    # Zeros that are all negative have a positive sum there.
+    return added(parts).add_(0.0) if len(parts) <= _FEW else parts.sum(0)
 
 
 _TINIEST = 2.0**-126
@@ -106,6 +122,24 @@ def _keep(index: int, delta: Tensor, params: Params, found: Any, place: Place) -
     """Leave the delta as it is."""
 
 
+def _packed(parts: Tensor, place: Place) -> Kept:
+    """Return which of `parts` are not zero, where it lies in this machine's memory."""
+    import numpy as np
+
+    if parts.device.type != "cpu":
+        return {}
+    return {(place.start, parts.shape[1]): np.packbits(parts.numpy() != 0, axis=1)}
+
+
+def _keep_packed(parts: Tensor, bits: Any) -> None:
+    import numpy as np
+
+    for part, row in zip(parts, bits, strict=True):
+        # Multiplied as the draws themselves are: what is dropped keeps its sign.
+        values = part.numpy()
+        np.multiply(values, np.unpackbits(row, count=len(values)).view(np.bool_), out=values)
+
+
 def _nothing(params: Params, place: Place) -> Measurement:
     return None
     yield  # a generator without scans
@@ -150,26 +184,39 @@ def task_method(
     def measure(params: Params, place: Place) -> Measurement:
         shares = densities(params)
         found = (yield from find(params, place)) if any(s < 1 for s in shares) else None
-        factors = [1.0] * len(shares)
+        factors, choices = [1.0] * len(shares), Kept()
         if params["rescale"] and sparsify is not _keep and any(0 < s < 1 for s in shares):
+            # What is drawn costs more than to hold it; a model that keeps nothing draws nothing.
+            hold = random and min(shares) > 0 and len(shares) * place.numel <= HELD
 
-            def look(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
+            def look(tensors: Tensor, here: Place) -> tuple[list[tuple[float, ...]], Kept]:
                 parts = deltas(tensors)
                 whole = absolute(parts)
                 kept = absolute(sparsified(parts, params, found, here))
-                return [(*a, *b) for a, b in zip(whole, kept, strict=True)]
+                sums = [(*a, *b) for a, b in zip(whole, kept, strict=True)]
+                return sums, _packed(parts, here) if hold else {}
 
-            sums = yield from total(look)
+            def join(pieces: list[tuple[list[tuple[float, ...]], Kept]]) -> Any:
+                bits = {key: value for _, kept in pieces for key, value in kept.items()}
+                return add_up(line for lines, _ in pieces for line in lines), bits
+
+            chunks = yield Scan(look, join)
+            sums = add_up(line for line, _ in chunks)
+            choices = {key: value for _, kept in chunks for key, value in kept.items()}
             whole, kept = sums[: len(shares)], sums[len(shares) :]
             factors = [
                 a / b if a >= _TINY and b >= _TINY else 1.0
                 for a, b in zip(whole, kept, strict=True)
             ]
-        return Stats(found, tuple(factors))
+        return Stats(found, tuple(factors), choices)
 
     def merge(tensors: Tensor, params: Params, stats: Stats, place: Place) -> Tensor:
         weights = params["weight"][1:]
-        parts = sparsified(deltas(tensors), params, stats.found, place)
+        parts = deltas(tensors)
+        if (bits := stats.kept.get((place.start, parts.shape[1]))) is not None:
+            _keep_packed(parts, bits)
+        else:
+            sparsified(parts, params, stats.found, place)
         for part, weight, factor in zip(parts, weights, stats.factors, strict=True):
             if weight * factor != 1.0:
                 part.mul_(weight * factor)

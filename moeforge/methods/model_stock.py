@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge.methods import Measurement, Method, Param, Params, Place
 from moeforge.methods._sums import gram
-from moeforge.methods._task import deltas
+from moeforge.methods._task import deltas, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ def merge(tensors: Tensor, params: Params, stats: float | None, place: Place) ->
         t: Any = each.to(base).repeat_interleave(place.row)
     else:
         t = stats
-    return base.add_(differences.sum(0).mul_(t / len(differences)))
+    return base.add_(summed(differences).mul_(t / len(differences)))
 
 
 METHOD = Method(

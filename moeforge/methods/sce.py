@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moeforge.methods import Measurement, Method, Param, Params, Place, Scan
 from moeforge.methods._select import Cut, cuts
 from moeforge.methods._sums import blocks, total
-from moeforge.methods._task import deltas, majority
+from moeforge.methods._task import deltas, majority, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,8 @@ _TINY = 1e-6
 
 def variance(parts: Tensor) -> Tensor:
     """Return the population variance over models, element by element; parts [models, elements]."""
-    return (parts - parts.mean(0)).square_().mean(0)
+    mean = summed(parts).div_(len(parts))
+    return summed((parts - mean).square_()).div_(len(parts))
 
 
 def _find_cut(share: float, place: Place) -> Measurement:
@@ -31,7 +32,8 @@ def _find_cut(share: float, place: Place) -> Measurement:
     import numpy as np
 
     def count(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
-        return [(float(np.count_nonzero(variance(deltas(tensors)).cpu().numpy())),)]
+        # Counting bools is several times faster than counting floats.
+        return [(float(np.count_nonzero((variance(deltas(tensors)) != 0.0).cpu().numpy())),)]
 
     (varying,) = yield from total(count)
     # In float32, as mergekit: of 100 elements a share of 0.29 is 29, not 28.
@@ -73,8 +75,8 @@ def merge(tensors: Tensor, params: Params, stats: tuple[Any, ...], place: Place)
     sign = majority(parts)
     agreeing = parts.mul_(sign).clamp_(min=0.0)
     weight = torch.tensor(weights, dtype=parts.dtype, device=parts.device)[:, None]
-    result = (agreeing * weight).sum(0)
-    divisor = agreeing.sign_().mul_(weight).sum(0).clamp_(min=_TINY)
+    result = summed(agreeing * weight)
+    divisor = summed(agreeing.sign_().mul_(weight)).clamp_(min=_TINY)
     return tensors[0].addcmul_(result, sign.div_(divisor))
 
 
