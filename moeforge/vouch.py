@@ -72,7 +72,9 @@ def vouch(
     write_lock(work, plan, made, sealed, hash_inputs=asked.hash_inputs)
     if not asked.verify:
         return None
-    cramped = asked.memory is not None and plan.nbytes + _INTERPRETER > asked.memory
+    # What is not a mixture is mapped, and takes no memory of its own.
+    held = plan.nbytes + _INTERPRETER if plan.experts else 0
+    cramped = asked.memory is not None and held > asked.memory
     found = verify(
         work,
         forward=False if cramped else None,

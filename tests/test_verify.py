@@ -1,6 +1,7 @@
 """Every check of a checkpoint finds what it is for; checkpoints without mistakes pass them all."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -241,19 +242,34 @@ def test_code_of_others_is_not_run(single):
     assert "--trust-remote-code" in found["forward"].detail
 
 
-def test_what_does_not_fit_is_loaded_without_weights(single, monkeypatch):
+def test_what_is_mapped_is_run_however_little_memory_is_free(single, monkeypatch):
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": 1000})
-    found = checks(single)
-    assert found["load"].state == "ok"
-    assert found["forward"].state == SKIPPED
-    assert f"`moeforge verify {single} --forward`" in found["forward"].detail
+    assert checks(single)["forward"].state == "ok"
+    assert checks(single, forward=False)["forward"].state == SKIPPED
     tiny.edit_config(single, intermediate_size=80)
     assert "other shapes" in wrong(single, "load")
 
 
-def test_a_forward_that_is_asked_for_is_streamed(single, monkeypatch):
+def test_what_is_rearranged_on_loading_and_does_not_fit_is_not_run(models, monkeypatch, tmp_path):
+    """Experts become one tensor in memory: they cannot stay in their file."""
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": 1000})
+    folder = tmp_path / "mixture"
+    shutil.copytree(models("mixtral", num_local_experts=4), folder)
+    found = checks(folder)
+    assert found["load"].state == "ok"
+    assert found["forward"].state == SKIPPED
+    assert f"`moeforge verify {folder} --forward`" in found["forward"].detail
+
+
+def test_another_dtype_in_memory_is_no_mapping(single, monkeypatch):
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": 1000})
+    tiny.edit_config(single, dtype="bfloat16", torch_dtype=None)
+    assert checks(single)["forward"].state == SKIPPED
+
+
+def test_a_forward_that_is_asked_for_is_streamed(models, monkeypatch):
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": 500_000})
-    check = checks(single, forward=True)["forward"]
+    check = checks(models("mixtral", num_local_experts=4), forward=True)["forward"]
     assert check.state == "ok"
     assert f"{8 * tiny.VOCABULARY} outputs" in check.detail
 

@@ -42,7 +42,8 @@ def verify(
     Args:
         folder: any checkpoint.
         forward: True runs it even where it has to be streamed from disk, False never; None where
-            it takes no more than a quarter of the free memory.
+            its files can be mapped, as those of dense models, or it takes no more than a quarter of
+            the free memory.
         trust_remote_code: run code that comes with the model and is not moeforge's own.
         sealed: weights files that need not be read, because they were hashed and found finite when
             they were written.

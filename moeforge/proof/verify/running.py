@@ -42,7 +42,7 @@ def run_checks(
     Args:
         folder: a checkpoint whose files are whole.
         forward: run it even if it has to be streamed from disk, or do not run it; None runs it
-            where memory allows.
+            where its files can be mapped, or memory allows.
         trust_remote_code: run code that it brings and that is not moeforge's own.
         inherited: its tensors have the names of those of the model it was made from: what is
             missing or unexpected is so there, too, and is told, not refused.
@@ -143,38 +143,29 @@ def _load_and_run(
 ) -> list[Check]:
     from accelerate.utils import get_max_memory
 
-    free = get_max_memory()["cpu"]
-    fits = size_of(source, "auto") <= free // _PART
-    whole = fits and forward is not False
+    size, free = size_of(source, "auto"), get_max_memory()["cpu"]
+    whole = forward is not False and size <= free // _PART
     rest = NAMES[2:]
     try:
-        with quiet():
-            model, info = _class_of(source, code=code).from_pretrained(
-                str(source.folder),
-                dtype="auto",
-                trust_remote_code=code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are reported instead of raised
-                local_files_only=True,
-                **({} if whole else {"device_map": "meta"}),
-            )
+        model, info = _load(source, code=code, meta=not whole)
+        load = _gaps(info, inherited=inherited)
+        if load.state != OK:
+            return [load, *skipped("it does not load as it is", *rest)]
+        tokens, ids = _tokenizer(source.folder, model)
+        if forward is False:
+            return [load, tokens, *skipped("it was not asked for", "forward")]
+        if not whole and _lies_as_it_is(source, model):
+            model, whole = _load(source, code=code, meta=False)[0], True
     except Exception as error:  # transformers raises many kinds
         what = f"transformers cannot load it: {reason(error)}"
         return [
             judged("load", [Finding(what, "Correct the config or the weights.")]),
             *skipped("it cannot be loaded", *rest),
         ]
-    load = _gaps(info, inherited=inherited)
-    if load.state != OK:
-        return [load, *skipped("it does not load as it is", *rest)]
-    tokens, ids = _tokenizer(source.folder, model)
-    if forward is False:
-        return [load, tokens, *skipped("it was not asked for", "forward")]
     if whole:
         return [load, tokens, _forward(model.eval(), config, ids)]
-    size = size_of(source, "auto") / 1e9
     if forward is None:
-        why = f"its {size:.1f} GB are more than a quarter of the free memory"
+        why = f"its {size / 1e9:.1f} GB are more than a quarter of the free memory"
         how = f"`moeforge verify {source.folder} --forward` streams it from disk"
         return [load, tokens, *skipped(f"{why}; {how}", "forward")]
     try:
@@ -182,6 +173,34 @@ def _load_and_run(
             return [load, tokens, _forward(streamed.model, config, ids)]
     except MoeforgeError as error:
         return [load, tokens, judged("forward", error.findings)]
+
+
+def _load(source: FolderSource, *, code: bool, meta: bool) -> tuple[Any, dict[str, Any]]:
+    """Load the model, or only its names and shapes; also return what transformers says of it."""
+    with quiet():
+        model, info = _class_of(source, code=code).from_pretrained(
+            str(source.folder),
+            dtype="auto",
+            trust_remote_code=code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported instead of raised
+            local_files_only=True,
+            **({"device_map": "meta"} if meta else {}),
+        )
+    return model, info
+
+
+def _lies_as_it_is(source: FolderSource, model: nn.Module) -> bool:
+    """Say whether every parameter is a tensor of the files, in the same dtype.
+
+    Then transformers maps the files: running the model takes memory that the system can have back
+    at any moment, however large it is. What is rearranged on loading, as experts are, is copied.
+    """
+    specs = source.specs()
+    return all(
+        name in specs and specs[name].dtype.name == str(parameter.dtype).removeprefix("torch.")
+        for name, parameter in model.named_parameters()
+    )
 
 
 def _gaps(info: Mapping[str, Any], *, inherited: bool) -> Check:
