@@ -11,8 +11,9 @@ import time
 from contextlib import suppress
 
 import pytest
+import torch
 from hub_server import HubServer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_fuzz import linear, mixture, stack
 from tiny import Maker, edit_config
 from zoo import ZOO
@@ -21,6 +22,7 @@ import moeforge
 from moeforge.errors import Finding, MoeforgeError
 
 WEIGHTS = "model.safetensors"
+NAN = torch.full((64,), float("nan"))
 
 
 @pytest.fixture
@@ -359,6 +361,84 @@ def test_code_of_a_model_is_never_run_unasked(kind, tokenizer, stranger, llamas,
         with suppress(MoeforgeError):
             exec(code, {"T": text, "Path": type(text)})
     assert not sentinel.exists()
+
+
+def every_command(root):
+    """What a user can do with a model of a stranger, by name of the command."""
+    model, text = str(root / "stranger"), str(root / "text.txt")
+    lock = str(root / "built" / "moeforge.lock.json")
+    embedder, experts = f"--embedding-model {model}", f"--expert {model} --expert {model}"
+    recipes = {command: [command, str(root / "recipe.yml")] for command in ("check", "plan")}
+    return {
+        **recipes,
+        "build": ["build", str(root / "recipe.yml"), "-o", str(root / "made")],
+        "inspect": ["inspect", model],
+        "show": ["show", "families"],
+        "push": ["push", model, "owner/name"],
+        "route": ["route", model, "--prompts", text],
+        "tune": ["tune", model, "--text", text, "-o", str(root / "tuned")],
+        "verify": ["verify", model, "--forward"],
+        "rebuild": ["rebuild", lock, "-o", str(root / "again")],
+        "diff": ["diff", model, model],
+        "eval": ["eval", model, "--text", text],
+        "select": f"prompts select {text} {text} -k 1 {embedder} -o {root}/chosen".split(),
+        "cluster": f"prompts cluster {text} {experts} {embedder} -o {root}/piles".split(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "strange"])
+def test_no_command_runs_the_code_of_a_model(kind, stranger, llamas, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from moeforge.cli import app, prompts
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    recipe = linear(stranger, llamas[1], merge_method="linear")
+    moeforge.build(recipe, tmp_path / "built", verify=False)
+    sentinel = tmp_path / "ran"
+    with_code(stranger, sentinel, kind, tokenizer=True)
+    (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
+    (tmp_path / "text.txt").write_text("one\n\ntwo\n\nthree")
+    commands = every_command(tmp_path)
+    known = {c.name or c.callback.__name__ for c in app.registered_commands}
+    known |= {c.name or c.callback.__name__ for c in prompts.app.registered_commands}
+    assert known <= commands.keys(), "a new command needs a line above"
+    for name, arguments in commands.items():
+        done = CliRunner().invoke(app, arguments)
+        assert "Traceback" not in done.output, name
+        assert "mistake in moeforge" not in done.output, f"{name}: {done.output}"
+        assert not sentinel.exists(), name
+
+
+def test_a_token_is_in_no_output_and_no_file(llamas, tmp_path):
+    """Of builds that end well and badly, in words, as JSON, with tracebacks."""
+    token = "hf_averysecrettokenofsomebody"
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(llamas[0], spoilt)
+    save_file({**load_file(spoilt / WEIGHTS), "model.norm.weight": NAN}, spoilt / WEIGHTS)
+    good = {**linear(*llamas[:2]), "seed": 1}
+    for name, recipe in {"good": good, "bad": linear(spoilt, llamas[1])}.items():
+        (tmp_path / f"{name}.yml").write_text(json.dumps(recipe))
+    env = {**os.environ, "HF_TOKEN": token, "HUGGING_FACE_HUB_TOKEN": token}
+    for name, before, after in (
+        ("good", [], ["--json"]),
+        ("bad", ["--debug"], []),
+        ("bad", ["--debug"], ["--json"]),
+    ):
+        words = [*before, "build", f"{name}.yml", "-o", name, "--no-verify", *after]
+        done = subprocess.run(
+            [sys.executable, "-m", "moeforge", *words],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == (5 if name == "bad" else 0), done.stderr
+        assert ("Traceback" in done.stderr) == (name == "bad")
+        assert token not in done.stdout + done.stderr
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(file.name == "moeforge.lock.json" for file in written)
+    assert not [file for file in written if token.encode() in file.read_bytes()]
 
 
 def test_the_sentinel_is_tripped_where_code_is_trusted(stranger, tmp_path, hurry):
