@@ -20,7 +20,7 @@ from moeforge.output import folder
 from moeforge.output.fingerprint import fingerprint
 from moeforge.output.journal import Journal, building
 from moeforge.output.layout import DEFAULT_SHARD_SIZE, Shard, index, lay_out
-from moeforge.output.staging import refuse_existing
+from moeforge.output.staging import refuse_existing, refuse_inputs
 from moeforge.plans import ROUTERS, Plan
 from moeforge.prepare import Prepared, prepare
 from moeforge.prompting import with_selection
@@ -131,6 +131,7 @@ def build(
     settings = Settings(threads=threads, memory=memory, device=device)
     shards, fits = lay_out(plan.tensors, shard_size), tuple["LayerFit", ...]()
     refuse_existing(target, overwrite=overwrite)
+    refuse_inputs(target, (source.folder for source in plan.sources.values() if source.folder))
     identity = _fingerprint(prepared, shards, device)
     if group and group.rank:
         sharing.follow(group, plan, shards, settings, identity)

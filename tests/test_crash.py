@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -399,3 +400,97 @@ def test_a_device_without_memory_gives_way_to_smaller_slices_and_the_cpu(
         )
     assert tried == [2**17, 2**16]
     assert weights(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "README.md", "moeforge.yml", "moeforge.lock.json", "journal.json.half"]
+)
+def test_a_disk_that_is_full_for_a_small_file(name, llamas, tmp_path, monkeypatch):
+    expected = whole("slerp", llamas, tmp_path / "whole")
+    real = Path.write_text
+
+    def full(self, *arguments, **options):
+        if self.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return real(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(BuildError, match=rf"{name}: No space left on device; .* MB free"):
+            forge.build(slerp(*llamas[:2]), tmp_path / "out", shard_size=100_000, verify=False)
+    assert not (tmp_path / "out").exists()
+    made, _ = go_on(llamas, tmp_path)
+    assert (made == []) == (name != "journal.json.half"), "finished weights are kept"
+    assert weights(tmp_path / "out") == expected
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_published_is_on_the_disk_before_it_has_its_name(
+    overwrite, llamas, tmp_path, monkeypatch
+):
+    """Power may fail at any moment: files, then their folder, then the name, then its folder."""
+    if overwrite:
+        whole("stack", llamas, tmp_path / "out")
+    events = []
+    fsync, rename, exchange = os.fsync, Path.rename, staging.exchange
+
+    def synced(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return fsync(descriptor)
+
+    def named(act):
+        return lambda *paths: (events.append("named"), act(*paths))[1]
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", named(rename))
+    monkeypatch.setattr(staging, "exchange", named(exchange))
+    recipe = slerp(*llamas[:2])
+    forge.build(
+        recipe, tmp_path / "out", shard_size=100_000, verify=False, overwrite=overwrite, threads=1
+    )
+    (at,) = [number for number, event in enumerate(events) if event == "named"]
+    made = tmp_path / ".out.moeforge" / "model"
+    files = {str(made / file.name) for file in (tmp_path / "out").iterdir()}
+    assert files | {str(made)} <= set(events[:at])
+    last = {path: number for number, path in enumerate(events[:at])}
+    assert all(last[str(made)] > last[file] for file in files), "the folder's names come last"
+    assert events[at + 1] == str(tmp_path)
+
+
+def test_two_builds_of_one_recipe_to_two_folders(llamas, tmp_path):
+    write_recipe("mixture", llamas, tmp_path)
+    builds = [
+        subprocess.Popen([*COMMAND[:5], "-o", name, "--no-verify", "-q"], cwd=tmp_path)
+        for name in ("one", "two")
+    ]
+    assert [build.wait(timeout=60) for build in builds] == [0, 0]
+    assert weights(tmp_path / "one") == weights(tmp_path / "two") != {}
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("a file/out", "cannot write beside"),
+        ("a file", "is not a model folder|exists"),
+        ("link", "exists"),
+        ("", "exists"),
+    ],
+)
+def test_places_where_no_model_can_go(place, said, llamas, tmp_path):
+    (tmp_path / "a file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BuildError, match=said):
+        forge.build(slerp(*llamas[:2]), tmp_path / place, verify=False)
+    assert (tmp_path / "a file").read_text() == "mine"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a file", "link"]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_folder_of_an_input_is_not_overwritten(inside, llamas, tmp_path):
+    place = Path(shutil.copytree(llamas[0], tmp_path / "base"))
+    model = Path(shutil.copytree(llamas[0], place / "fine-tune")) if inside else place
+    before = weights(place)
+    with pytest.raises(BuildError, match=rf"holds {model}, which the output is made from"):
+        forge.build(slerp(model, llamas[1]), place, verify=False, overwrite=True)
+    assert weights(place) == before

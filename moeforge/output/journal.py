@@ -144,7 +144,11 @@ class Journal:
         if not self._sealed:
             shutil.rmtree(self.root, ignore_errors=True)
             return ""
-        self._clean()
+        try:
+            self._clean()
+        except OSError:  # a disk that does not even take the journal keeps nothing
+            shutil.rmtree(self.root, ignore_errors=True)
+            return ""
         return (
             f"{_listed(self._sealed)} finished and kept in {self.root}: run the same command to go "
             "on from there, or remove that folder"

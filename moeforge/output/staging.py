@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,6 +32,19 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
     if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").exists()):
         what = f"{out} is not a model folder"
         raise BuildError(Finding(what, "It is not overwritten; choose another folder with -o."))
+
+
+def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to replace a folder that holds a model which the output is made from.
+
+    Raises:
+        BuildError: `out` is an input's folder or holds one.
+    """
+    place = out.resolve()
+    for folder in inputs:
+        if folder.resolve().is_relative_to(place):
+            what = f"{out} holds {folder}, which the output is made from"
+            raise BuildError(Finding(what, "It is not overwritten; choose another folder with -o."))
 
 
 @contextmanager
