@@ -161,7 +161,7 @@ class Run:
     """One command: wall-clock and CPU seconds, and peak memory in bytes.
 
     `peak` is that of the largest process, `together` of all at the same time (proportional set
-    size, sampled every 50 ms).
+    size); both are looked at every 50 ms.
     """
 
     seconds: float
@@ -187,17 +187,25 @@ def _descendants(root: int) -> list[int]:
     return found
 
 
-def _pss(pid: int) -> int:
+def _memory(pid: int) -> tuple[int, int]:
+    """Return the highest resident size of a process so far, and its proportional set size now.
+
+    The kernel's figure after the end (ru_maxrss) would include what forked it.
+    """
+
+    def said(file: str, key: str) -> int:
+        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("Pss:")).split()[1])
+        return said("status", "VmHWM:"), said("smaps_rollup", "Pss:")
     except (OSError, StopIteration):
-        return 0
+        return 0, 0
 
 
 def timed(command: list[str], cwd: Path, **env: str) -> Run:
     """Run a command; a failure ends everything."""
-    most = [0]
+    most = [0, 0]
     with open(cwd / "log.txt", "w") as log:
         began = time.perf_counter()
         child = subprocess.Popen(
@@ -207,7 +215,8 @@ def timed(command: list[str], cwd: Path, **env: str) -> Run:
 
         def watch() -> None:
             while not stop.wait(0.05):
-                most[0] = max(most[0], sum(map(_pss, _descendants(child.pid))))
+                peaks, sizes = zip(*map(_memory, _descendants(child.pid)), strict=True)
+                most[:] = max(most[0], *peaks), max(most[1], sum(sizes))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -218,7 +227,7 @@ def timed(command: list[str], cwd: Path, **env: str) -> Run:
         watcher.join()
     if child.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{(cwd / 'log.txt').read_text()[-3000:]}")
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, most[0])
+    return Run(seconds, usage.ru_utime + usage.ru_stime, *most)
 
 
 def inputs(recipe: Any) -> list[Path]:
@@ -325,7 +334,7 @@ def main() -> None:
             found.setdefault("floor", []).append(bench.floor(name))
             cold()
             found.setdefault("durable", []).append(bench.floor(name, "&& sync"))
-            proof = "&& sync && sha256sum copy/*.safetensors"
+            proof = "&& sync && openssl dgst -sha256 copy/*.safetensors"  # coreutils is far slower
             found.setdefault("proved", []).append(bench.floor(name, proof))
             found.setdefault("start", []).append(nothing.moeforge(name))
             if (run := bench.other(name)) is not None:
@@ -347,8 +356,8 @@ def show(results: dict[str, dict[str, list[Run]]], size: str, rounds: int) -> No
         f"{size} B parameters, bfloat16, {rounds} rounds, {len(os.sched_getaffinity(0))} cores of "
         f"{model}, Python {platform.python_version()}, torch {torch.__version__}\n"
     )
-    heads = ["build", "seconds", "start-up", "CPU s", "floor", "ratio", "with sync", "and sha256"]
-    heads += ["peak MB", "all MB"]
+    heads = ["build", "seconds", "start-up", "floor", "ratio", "with sync", "and sha256"]
+    heads += ["CPU s", "of floor", "peak MB", "all MB"]
     rival = any("mergekit" in found for found in results.values())
     heads += ["mergekit s", "its peak MB", "times faster"] if rival else []
     print("| " + " | ".join(heads) + " |")
@@ -356,10 +365,11 @@ def show(results: dict[str, dict[str, list[Run]]], size: str, rounds: int) -> No
     for name, found in results.items():
         start = median(found["start"], lambda r: r.seconds)
         own = median(found["moeforge"], lambda r: r.seconds) - start
-        cells = [name, f"{own:.2f}", f"{start:.2f}"]
-        cells.append(f"{median(found['moeforge'], lambda r: r.cpu):.2f}")
         floors = [median(found[k], lambda r: r.seconds) for k in ("floor", "durable", "proved")]
-        cells += [f"{floors[0]:.2f}", *(f"{own / floor:.2f}" for floor in floors)]
+        cells = [name, f"{own:.2f}", f"{start:.2f}", f"{floors[0]:.2f}"]
+        cells += [f"{own / floor:.2f}" for floor in floors]
+        cpu = [median(found[k], lambda r: r.cpu) for k in ("moeforge", "start", "floor")]
+        cells += [f"{cpu[0] - cpu[1]:.2f}", f"{cpu[2]:.2f}"]
         cells.append(f"{median(found['moeforge'], lambda r: r.peak) / 1e6:.0f}")
         cells.append(f"{median(found['moeforge'], lambda r: r.together) / 1e6:.0f}")
         if "mergekit" in found:
