@@ -133,8 +133,10 @@ def build(
     refuse_existing(target, overwrite=overwrite)
     refuse_inputs(target, (source.folder for source in plan.sources.values() if source.folder))
     identity = _fingerprint(prepared, shards, device)
+    if group:
+        sharing.agree(group, identity)
     if group and group.rank:
-        sharing.follow(group, plan, shards, settings, identity)
+        sharing.follow(group, plan, shards, settings)
         return Result(target, plan, time.perf_counter() - began, None)
     together = group.together() if group else nullcontext()
     with building(target, identity, overwrite=overwrite, note=note) as journal, together:
@@ -153,7 +155,7 @@ def build(
         total = plan.nbytes
         told = lambda done: progress("tensors", done, total)  # noqa: E731
         if group:
-            sealed = sharing.lead(group, plan, shards, journal, settings, identity, told, note)
+            sealed = sharing.lead(group, plan, shards, journal, settings, told, note)
         else:
             sealed = engine.run(plan, shards, work, settings, told, journal.kept, journal.add)
         folder.write_json(work / "config.json", plan.config)

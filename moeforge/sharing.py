@@ -37,13 +37,35 @@ def divide(shards: Sequence[Shard], ranks: int) -> list[list[Shard]]:
     return [sorted(part, key=lambda shard: shard.name) for part in parts]
 
 
+def agree(group: Group, identity: str) -> None:
+    """See that all ranks would make the same bytes; rank 0 waits for the plans of all.
+
+    Args:
+        group: the ranks.
+        identity: fingerprint of the build, as this rank sees it.
+
+    Raises:
+        BuildError: another rank's is not that of rank 0.
+    """
+    if group.rank:
+        group.tell(identity=identity)
+        return
+    found = group.wait("identity")
+    if others := [str(rank) for rank, other in sorted(found.items()) if other != identity]:
+        what = f"rank {', '.join(others)} would not make the same bytes as rank 0"
+        fix = (
+            "All ranks must run the same command, with the same versions of moeforge, torch and "
+            "transformers, on the same files: on a shared file system, or from the Hub."
+        )
+        raise BuildError(Finding(what, fix))
+
+
 def lead(
     group: Group,
     plan: Plan,
     shards: Sequence[Shard],
     journal: Journal,
     settings: Settings,
-    identity: str,
     progress: Callable[[int], None],
     note: Callable[[Finding], None],
 ) -> dict[str, Sealed]:
@@ -55,7 +77,6 @@ def lead(
         shards: all of them.
         journal: of the build; the others get its router weights from there.
         settings: how this rank works.
-        identity: fingerprint of the build.
         progress: called with the bytes that all ranks have written.
         note: told where there is nothing to do for some.
 
@@ -63,9 +84,8 @@ def lead(
         What is known of every shard, by name.
 
     Raises:
-        BuildError: as `engine.run`, or another rank is lost, has failed or would make other bytes.
+        BuildError: as `engine.run`, or another rank is lost or has failed.
     """
-    _refuse_others(group.wait("identity"), identity)
     token, theirs = secrets.token_hex(), dict[str, Sealed]()
     (journal.root / _TOKEN).write_text(token)
     left = [shard for shard in shards if shard.name not in journal.kept]
@@ -96,9 +116,7 @@ def lead(
     return {**own, **theirs}
 
 
-def follow(
-    group: Group, plan: Plan, shards: Sequence[Shard], settings: Settings, identity: str
-) -> None:
+def follow(group: Group, plan: Plan, shards: Sequence[Shard], settings: Settings) -> None:
     """Write this rank's part of the shards of `plan`, and wait for the end; not of rank 0.
 
     Args:
@@ -106,12 +124,10 @@ def follow(
         plan: what to make; the source of router weights comes from rank 0.
         shards: all of them.
         settings: how this rank works.
-        identity: fingerprint of the build.
 
     Raises:
         BuildError: as `engine.run`, or rank 0 is lost or has ended the build.
     """
-    group.tell(identity=identity)
     folder, token, left = group.wait("go")[0]
     root = Path(folder)
     _refuse_elsewhere(root, token)
@@ -134,21 +150,6 @@ def follow(
         raise BuildError(disk_finding(error, root)) from error
     group.tell(written=group.written, finished=True)
     group.wait("end")
-
-
-def _refuse_others(identities: dict[int, str], identity: str) -> None:
-    """Refuse ranks that would make other bytes."""
-    others = [rank for rank, other in sorted(identities.items()) if other != identity]
-    if others:
-        which = ", ".join(map(str, others))
-        raise BuildError(
-            Finding(
-                f"rank {which} would not make the same bytes as rank 0",
-                "All ranks must run the same command, with the same versions of moeforge, torch "
-                "and transformers, on the same files: inputs on a shared file system, or from the "
-                "Hub.",
-            )
-        )
 
 
 def _refuse_elsewhere(root: Path, token: str) -> None:
