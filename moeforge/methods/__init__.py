@@ -25,6 +25,8 @@ RUN = 2**8
 """Elements per run of a sample."""
 CHUNK = 2**22
 """Elements per chunk, about: what a worker takes at a time."""
+HELD = 2**28
+"""Bits of one tensor's random choices that a worker holds from measuring to merging, at most."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moeforge.methods import REQUIRED, Measurement, Method, Param, Params, Place, Scan
+from moeforge.methods import HELD, REQUIRED, Measurement, Method, Param, Params, Place, Scan
 from moeforge.methods._sums import absolute, add_up
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ class Stats:
     kept: Kept = field(default_factory=dict)
 
 
-HELD = 2**28
-"""Bits of one tensor's random choices that are held from measuring to merging, at most."""
 _TINY = 1e-7
 """Sums of magnitudes below this are not rescaled, as in mergekit."""
 
