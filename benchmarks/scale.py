@@ -1,7 +1,7 @@
 """Plans models of up to a trillion parameters, and runs the engine over hundreds of gigabytes.
 
     python benchmarks/scale.py plan --scratch /tmp/scale
-    python benchmarks/scale.py run --scratch /tmp/scale --size 100
+    python benchmarks/scale.py run --scratch /tmp/scale --seconds 120 --only "TIES of 3 llama-70B"
 
 The inputs are sparse files: true headers, and holes where the weights would be. What is planned
 is therefore exact, and reading costs what memory costs; no disk takes part in the figures.
@@ -9,9 +9,11 @@ is therefore exact, and reading costs what memory costs; no disk takes part in t
 `plan` runs `moeforge check`, `moeforge plan` and what `moeforge build` does before its first byte,
 each in a process of its own, and prints seconds, CPU seconds and peak resident memory.
 
-`run` builds a merge whose inputs have `--size` gigabytes together. Beside the build, this program
-gives written blocks of the output back to the disk (`fallocate` with FALLOC_FL_PUNCH_HOLE), so that
-the output, of zeros, reads the same and takes no room. It samples the memory of all processes.
+`run` builds into /dev/shm for `--seconds`, or to the end. Beside the build, this program gives
+written blocks of the output back (`fallocate` with FALLOC_FL_PUNCH_HOLE): the output, of zeros,
+reads the same and takes no room. Two things are changed in moeforge for that: it is told that the
+disk is large enough, and it does not reserve room. The memory of all processes is sampled, without
+the page cache and /dev/shm.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ import argparse
 import ctypes
 import json
 import os
-import platform
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,11 @@ class Shape:
     def tensors(self) -> Sizes:
         """Return shapes by name, in the order of the files."""
         hidden, wide, key = self.hidden, self.wide, 1024
-        parts = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
+        parts = {
+            "gate_proj": (wide, hidden),
+            "up_proj": (wide, hidden),
+            "down_proj": (hidden, wide),
+        }
         sizes: Sizes = {"model.embed_tokens.weight": (self.vocab, hidden)}
         for layer in range(self.layers):
             at = f"model.layers.{layer}."
@@ -234,7 +241,8 @@ def cost(*command: str, may_fail: bool = False) -> Cost:
 
     Args:
         command: program and arguments.
-        may_fail: `check` ends with a BuildError where the disk is too small for the output, after all else.
+        may_fail: `check` ends with a BuildError where the disk is too small for the output, after
+            everything else.
 
     Raises:
         SystemExit: it failed.
@@ -272,18 +280,116 @@ def plans(scratch: Path, only: list[str]) -> None:
         print(f"| {name} | {facts} | {' | '.join(cells)} |", flush=True)
 
 
+def build(recipe: str, out: str) -> None:
+    """Build as if the disk were large enough: what is written is given back beside."""
+    from moeforge import engine, forge
+    from moeforge.engine import writer
+
+    engine.free_space = lambda folder: 2**62
+    writer.allocate = os.truncate
+    forge.build(recipe, out, verify=False, overwrite=True, offline=True)
+
+
+class GivingBack(threading.Thread):
+    """Punches holes where the output was written, so that it takes no room.
+
+    The inputs are zeros and so is what is made of them: a file reads the same before and after.
+
+    Args:
+        folder: where the output files are made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self._folder, self._call = folder, ctypes.CDLL(None, use_errno=True).fallocate
+        self.given, self.stop = 0, False
+
+    def run(self) -> None:
+        """Look at the files again and again."""
+        while not self.stop:
+            for path in self._folder.glob("*.safetensors"):
+                self._punch(path)
+            time.sleep(0.05)
+
+    def _punch(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            begin, size = 8 + length, path.stat().st_size
+            begin += -begin % 4096  # the page with the end of the header stays
+            while length and begin < size:
+                try:
+                    start = os.lseek(file.fileno(), begin, os.SEEK_DATA)
+                except OSError:  # nothing but holes is left
+                    return
+                end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+                given = (ctypes.c_int64(start), ctypes.c_int64(end - start))
+                if self._call(file.fileno(), 3, *given):  # PUNCH_HOLE | KEEP_SIZE
+                    raise OSError(ctypes.get_errno(), "the file system cannot punch holes")
+                self.given += end - start
+                begin = end
+
+
+def memory(pid: int) -> tuple[int, int, int]:
+    """Return what a process and its children take: processes, resident and proportional bytes."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    family = [pid, *(int(child) for task in tasks for child in task.read_text().split())]
+    resident = shared = 0
+    for each in family:
+        for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines():
+            words = line.split()
+            resident += 1024 * int(words[1]) if words[0] == "Rss:" else 0
+            shared += 1024 * int(words[1]) if words[0] == "Pss:" else 0
+    return len(family), resident, shared
+
+
+def runs(scratch: Path, name: str, most: float) -> None:
+    """Build a recipe for `most` seconds, or to its end, and print what it takes meanwhile."""
+    path, out = scratch / "run.yml", Path("/dev/shm/moeforge-scale")
+    path.write_text(yaml.safe_dump(recipes(scratch)[name]))
+    command = [sys.executable, __file__, "build", "--recipe", str(path), "--scratch", str(out)]
+    began = time.perf_counter()
+    process = subprocess.Popen(command)
+    work = out.with_name(f".{out.name}.moeforge")
+    giving = GivingBack(work / "model")
+    giving.start()
+    print(f"{name}: processes, resident MB, proportional MB, GB given back", flush=True)
+    step = most / 30
+    while process.poll() is None and time.perf_counter() - began < most:
+        with suppress(OSError):  # it ended meanwhile
+            count, resident, shared = memory(process.pid)
+            taken = f"{count}  {resident / 1e6:.0f}  {shared / 1e6:.0f}"
+            print(
+                f"{time.perf_counter() - began:6.1f} s  {taken}  {giving.given / 1e9:.1f}",
+                flush=True,
+            )
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(step)
+    process.terminate()
+    _, _, usage = os.wait4(process.pid, 0) if process.poll() is None else (0, 0, None)
+    giving.stop = True
+    giving.join()
+    for folder in (work, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"largest process {usage.ru_maxrss / 1e3:.0f} MB" if usage else "ended")
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("act", choices=["plan", "run", "begin"])
+    parser.add_argument("act", choices=["plan", "run", "begin", "build"])
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/moeforge-scale"))
     parser.add_argument("--only", nargs="*", default=[], help="plan: names of recipes")
-    parser.add_argument("--recipe", help="begin: the recipe, for use by plan")
-    parser.add_argument("--size", type=float, default=100, help="run: gigabytes of all inputs")
+    parser.add_argument("--recipe", help="begin, build: the recipe; these are for plan and run")
+    parser.add_argument("--seconds", type=float, default=120, help="run: the build is ended after")
     given = parser.parse_args()
     if given.act == "begin":
         begin_build(given.recipe)
-    elif given.act == "plan":
+    elif given.act == "build":
+        build(given.recipe, str(given.scratch))
+    elif given.act == "run":
+        for name in given.only or ["linear of 3 llama-70B"]:
+            runs(given.scratch, name, given.seconds)
+    else:
         plans(given.scratch, given.only)
 
 

@@ -11,16 +11,19 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moeforge import methods
 from moeforge import workers as threads
 from moeforge.engine import processes
+from moeforge.engine.fetch import Fetcher
 from moeforge.engine.jobs import CopyJob, MergeJob, jobs_of
 from moeforge.engine.pool import Pool
 from moeforge.engine.seal import Sealer
 from moeforge.engine.writer import OutputFiles
 from moeforge.methods import BLOCK, CHUNK, HELD
 from moeforge.output.layout import Shard
+from moeforge.output.system import allow_files
 from moeforge.plans import (
     Affine,
     Expr,
@@ -60,12 +63,14 @@ class Settings:
         slice_elements: elements per slice, a multiple of MIN_SLICE; None to choose.
         memory: bytes that the process may take; None for no limit.
         device: torch device of the arithmetic.
+        evict: remove files of the Hub's cache that this process has brought when they are used up.
     """
 
     threads: int | None = None
     slice_elements: int | None = None
     memory: int | None = None
     device: str = "cpu"
+    evict: bool = False
 
     @property
     def workers(self) -> int:
@@ -138,6 +143,7 @@ def run(
     progress: Callable[[int], None] = lambda done: None,
     kept: Mapping[str, Sealed] | None = None,
     sealed: Callable[[str, Sealed], None] = lambda name, seal: None,
+    came: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Sealed]:
     """Write the shards of `plan` into `folder`, and see them onto the disk.
 
@@ -149,6 +155,7 @@ def run(
         progress: called now and then, by this thread, with the bytes written so far.
         kept: shards that are finished already and are left alone.
         sealed: told each other shard as soon as it is finished, by some thread.
+        came: told, by some thread, of the bytes that have come from the Hub, and of all that will.
 
     Returns:
         What is known of every shard, by name.
@@ -157,20 +164,40 @@ def run(
         BuildError: reading, computing or writing failed, or a value is not finite; says which
             tensor.
     """
+    allow_files()
     had = dict(kept or {})
     wanted = tuple(shard for shard in shards if shard.name not in had)
     had_bytes = sum(e.tensor.spec.nbytes for s in shards if s.name in had for e in s.entries)
     with OutputFiles(folder, wanted) as files:
         jobs = jobs_of(plan, wanted, files)
-        with Sealer(folder, wanted, jobs, settings.workers, sealed) as sealer:
+        with (
+            Sealer(folder, wanted, jobs, settings.workers, sealed) as sealer,
+            Fetcher(plan, _order(jobs, settings), evict=settings.evict, progress=came) as fetcher,
+        ):
 
             def told(done: int) -> None:
                 sealer.check()
+                fetcher.check()
                 progress(had_bytes + done)
 
-            _do(plan, jobs, settings, told, sealer)
+            def begun() -> None:
+                sealer.start()
+                fetcher.start()
+
+            def complete(job: CopyJob | MergeJob) -> None:
+                sealer.complete(job)
+                fetcher.complete(job)
+
+            _do(plan, jobs, settings, told, begun, complete)
             total = sum(e.tensor.spec.nbytes for s in wanted for e in s.entries)
             return {**had, **sealer.finish(lambda: told(total))}
+
+
+def _order(jobs: list[CopyJob | MergeJob], settings: Settings) -> list[CopyJob | MergeJob]:
+    """Return `jobs` in the order in which they are taken."""
+    if all(isinstance(job, CopyJob) for job in jobs):
+        return jobs
+    return [jobs[number] for number in processes.order_of(jobs, settings.workers)]
 
 
 def _do(
@@ -178,17 +205,23 @@ def _do(
     jobs: list[CopyJob | MergeJob],
     settings: Settings,
     progress: Callable[[int], None],
-    sealer: Sealer,
+    begun: Callable[[], None],
+    complete: Callable[[Any], None],
 ) -> None:
-    """Do all `jobs`, by threads or processes."""
+    """Do all `jobs`, by threads or processes.
+
+    Args:
+        plan: what they are of.
+        jobs: all of them.
+        settings: how.
+        progress: told the bytes written.
+        begun: called when worker processes are forked, or before threads begin.
+        complete: told each job that is done.
+    """
     if all(isinstance(job, CopyJob) for job in jobs):
-        sealer.start()
-        Pool(settings.workers, progress, sealer.complete).run(jobs, lambda: None)
+        begun()
+        Pool(settings.workers, progress, complete).run(jobs, lambda: None)
         return
-    for source in plan.sources.values():
-        # What lies on the Hub is fetched now, once, and not by each worker.
-        for name in list(source.specs())[:1]:
-            source.locate(name)
     import torch
 
     from moeforge.engine.evaluate import Evaluator
@@ -202,13 +235,13 @@ def _do(
     workers = min(settings.workers, len(jobs), -(-elements // CHUNK))
     forks = processes.AVAILABLE and not (threads.multiplied and multiplies(plan))
     if workers > 1 and settings.device == "cpu" and forks:
-        processes.run(jobs, make_state, workers, progress, sealer.start, sealer.complete)
+        processes.run(jobs, make_state, workers, progress, begun, complete)
         return
     threads.multiplied = threads.multiplied or (workers > 1 and multiplies(plan))
     before = torch.get_num_threads()
     try:
-        sealer.start()
-        Pool(workers, progress, sealer.complete).run(jobs, make_state)
+        begun()
+        Pool(workers, progress, complete).run(jobs, make_state)
     finally:
         torch.set_num_threads(before)  # a worker takes one thread for itself
 

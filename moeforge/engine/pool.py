@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeforge.engine.failures import explain
@@ -38,6 +38,7 @@ class Pool:
         self._workers = workers
         self._complete = complete
         self._progress = progress
+        self._jobs: Iterator[Job] = iter(())
         self._queue: deque[tuple[Job, Chunk]] = deque()
         self._pending: dict[int, int] = {}
         self._change = threading.Condition()
@@ -56,8 +57,7 @@ class Pool:
         Raises:
             BuildError: a chunk failed; says which tensor.
         """
-        for job in jobs:
-            self._push(job, front=False)
+        self._jobs = iter(jobs)
         if self._workers == 1:
             # Not in a thread of its own: processes forked later could not multiply, see `workers`.
             self._work(make_state)
@@ -139,6 +139,10 @@ class Pool:
             while not self._stop:
                 if self._queue:
                     return self._queue.popleft()
+                # Divided when it is its turn: the chunks of all would be a million, or several.
+                if (job := next(self._jobs, None)) is not None:
+                    self._push(job, front=False)
+                    continue
                 if not self._pending:
                     return None
                 self._change.wait()

@@ -56,8 +56,8 @@ def run(
     taken, done = context.Value("q", 0), context.RawArray("q", workers)
     failures = context.SimpleQueue()
     finished = context.RawArray("b", len(jobs))
-    order = _order(jobs, workers)
-    shared = (jobs, order, make_state, taken, done, finished, failures, os.getpid())
+    taking = order_of(jobs, workers)
+    shared = (jobs, taking, make_state, taken, done, finished, failures, os.getpid())
     processes = [
         context.Process(target=_work, args=(number, *shared), daemon=True)
         for number in range(workers)
@@ -74,15 +74,20 @@ def run(
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         started()
-        running, told = list(processes), set[int]()
+        running, looked, begun = list(processes), 0, list[int]()
         while running:
             wait([process.sentinel for process in running], _POLL)
             progress(sum(done))
             # Asked before the jobs: what a worker has finished is known once it has ended.
             running = [process for process in running if process.exitcode is None]
-            for number in [n for n in range(len(jobs)) if finished[n] and n not in told]:
-                told.add(number)
+            # Only what was taken can be finished: a look must not cost more where jobs are many.
+            # Without the lock, for a worker that was killed may hold it.
+            until = min(taken.get_obj().value, len(order))
+            begun, looked = begun + order[looked:until], until
+            ended = {number for number in begun if finished[number]}
+            for number in [n for n in begun if n in ended]:
                 complete(jobs[number])
+            begun = [number for number in begun if number not in ended]
             if any(process.exitcode for process in processes):
                 break
         if not failures.empty():
@@ -98,7 +103,7 @@ def run(
                 process.join()
 
 
-def _order(jobs: Sequence[Job], workers: int) -> list[int]:
+def order_of(jobs: Sequence[Job], workers: int) -> list[int]:
     """Return the numbers of `jobs` in the order in which they are taken.
 
     A large one at the end would leave the other workers idle; else files are completed one after

@@ -44,7 +44,9 @@ class Sealer:
         sealed: Callable[[str, Sealed], None],
     ) -> None:
         self._folder, self._shards, self._told = folder, list(shards), sealed
-        self._jobs = {shard.name: [j for j in jobs if j.shard == shard.name] for shard in shards}
+        self._jobs: dict[str, list[CopyJob | MergeJob]] = {shard.name: [] for shard in shards}
+        for job in jobs:
+            self._jobs[job.shard].append(job)
         self._complete: set[int] = set()
         self._first = dict.fromkeys(self._jobs, 0)
         self._change = threading.Condition()

@@ -24,6 +24,18 @@ def _call(name: str) -> Any:
     return getattr(ctypes.CDLL(None, use_errno=True), name, None)
 
 
+def allow_files() -> None:
+    """Let this process have as many files open as the system lets it.
+
+    Models of a trillion parameters lie in more files than the 1024 that a shell often sets.
+    """
+    if sys.platform == "linux":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def allocate(descriptor: int, nbytes: int) -> None:
     """Give a file its size, and the room for it where the file system can promise that.
 

@@ -21,6 +21,9 @@ def accounted(plan: Plan) -> Plan:
     """
     used = {read for tensor in plan.tensors for read in reads(tensor)}
     known = used | plan.left_out.keys()
+    named: dict[str, list[str]] = {}
+    for part in used:
+        named.setdefault(part.source, []).append(part.name)
     findings = []
     for key, source in plan.sources.items():
         specs = source.specs()
@@ -29,11 +32,11 @@ def accounted(plan: Plan) -> Plan:
             what = f"{len(lost)} tensors of {key} have no place in the output: "
             fix = "No weight is dropped silently: moeforge does not know what these are for."
             findings.append(Finding(what + listing(sorted(lost, key=natural)), fix))
-        absent = [part.name for part in used if part.source == key and part.name not in specs]
+        absent = [name for name in named.get(key, ()) if name not in specs]
         if absent:
             what = f"{key} lacks {len(absent)} tensors: {listing(sorted(absent, key=natural))}"
             findings.append(Finding(what, "Download or export it again."))
-    if unknown := sorted({part.source for part in used} - plan.sources.keys() - {ROUTERS}):
+    if unknown := sorted(named.keys() - plan.sources.keys() - {ROUTERS}):
         findings.append(Finding(f"the plan reads {listing(unknown)}, which it does not open"))
     counts = Counter(tensor.name for tensor in plan.tensors)
     if twice := [name for name, count in counts.items() if count > 1]:
