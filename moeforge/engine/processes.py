@@ -56,8 +56,8 @@ def run(
     taken, done = context.Value("q", 0), context.RawArray("q", workers)
     failures = context.SimpleQueue()
     finished = context.RawArray("b", len(jobs))
-    taking = order_of(jobs, workers)
-    shared = (jobs, taking, make_state, taken, done, finished, failures, os.getpid())
+    order = order_of(jobs, workers)
+    shared = (jobs, order, make_state, taken, done, finished, failures, os.getpid())
     processes = [
         context.Process(target=_work, args=(number, *shared), daemon=True)
         for number in range(workers)
@@ -82,8 +82,8 @@ def run(
             running = [process for process in running if process.exitcode is None]
             # Only what was taken can be finished: a look must not cost more where jobs are many.
             # Without the lock, for a worker that was killed may hold it.
-            until = min(taken.get_obj().value, len(order))
-            begun, looked = begun + order[looked:until], until
+            until = min(taken.get_obj().value, len(taking))
+            begun, looked = begun + taking[looked:until], until
             ended = {number for number in begun if finished[number]}
             for number in [n for n in begun if n in ended]:
                 complete(jobs[number])
