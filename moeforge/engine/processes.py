@@ -82,8 +82,8 @@ def run(
             running = [process for process in running if process.exitcode is None]
             # Only what was taken can be finished: a look must not cost more where jobs are many.
             # Without the lock, for a worker that was killed may hold it.
-            until = min(taken.get_obj().value, len(taking))
-            begun, looked = begun + taking[looked:until], until
+            until = min(taken.get_obj().value, len(order))
+            begun, looked = begun + order[looked:until], until
             ended = {number for number in begun if finished[number]}
             for number in [n for n in begun if n in ended]:
                 complete(jobs[number])
