@@ -259,9 +259,10 @@ def test_a_rank_that_would_make_other_bytes_is_refused(llamas, places):
 def test_a_mistake_in_the_recipe_is_told_once(llamas, places):
     recipe = RECIPES["slerp"](*llamas[:2]) | {"merge_method": "slurp"}
     (places.many / "recipe.yml").write_text(json.dumps(recipe))
-    codes, said = Launch(places.many, 2).end()
+    codes, said = Launch(places.many, 2, "--json").end()
     assert codes == [2, 2]
-    assert 'did you mean "slerp"' in said[0]
+    assert said[0].count("error: ") == said[0].count('"errors": ') == 1
+    assert "slurp" in said[0]
     assert not said[1]
 
 
@@ -348,6 +349,23 @@ def test_another_rank_ends_when_its_work_has():
     reader.join(5)
     assert ended
     group.leave()
+
+
+def test_a_mistake_of_ours_on_another_rank_is_told_to_rank_0():
+    group, leader = pair(rank=1)
+    told = []
+
+    def listen():
+        while "left" not in (message := leader.read()):
+            told.append(message)
+        leader.end()
+
+    threading.Thread(target=listen).start()
+    with pytest.raises(KeyError), group.together():
+        raise KeyError("lost")
+    group.leave()
+    (failed,) = (message for message in told if "failed" in message)
+    assert (failed["code"], failed["failed"][0][0]) == (1, "KeyError('lost')")
 
 
 def test_forked_workers_do_not_hold_the_connection():
