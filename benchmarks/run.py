@@ -268,7 +268,7 @@ class Bench:
         return path
 
     def _clear(self) -> None:
-        for name in ("out", "copy"):
+        for name in ("out", "copy", "merged"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         subprocess.run(["sync"], check=True)
 
@@ -294,6 +294,8 @@ class Bench:
         self._clear()
         tool = "mergekit-moe" if name.startswith("MoE") else "mergekit-yaml"
         command = [str(self.mergekit / "bin" / tool), str(self._recipe(name)), "out"]
+        if name.startswith("LoRA"):
+            command += ["--lora-merge-cache", "merged"]
         return timed(command, self.folder, HF_HUB_OFFLINE="1")
 
 
