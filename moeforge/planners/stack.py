@@ -251,6 +251,7 @@ class _Stacker:
         self._combiner = combiner
         self._scopes = scopes
         self._findings = findings
+        self._layers: dict[int, dict[str, list[str]]] = {}
 
     def tensors(self, parts: Sequence[_Part], stem: str) -> Iterator[PlannedTensor]:
         """Yield embeddings, layers in their new order, then final norm and head."""
@@ -275,12 +276,21 @@ class _Stacker:
             for model, source in zip(part.models, part.entry.sources, strict=True)
         ]
         names = [
-            [n.removeprefix(p) for n in m.tensors if n.startswith(p) and n not in m.layers.tables]
-            for m, p in zip(part.models, prefixes, strict=True)
+            self._layers_of(model).get(prefix, [])
+            for model, prefix in zip(part.models, prefixes, strict=True)
         ]
         for rest in self._shared(names, part):
             name = f"{stem}{part.first + offset}.{rest}"
             yield from self._tensor(name, [prefix + rest for prefix in prefixes], part, position)
+
+    def _layers_of(self, model: Model) -> dict[str, list[str]]:
+        """Return the names of the tensors of each layer, without what stands before in all."""
+        if id(model) not in self._layers:
+            found = self._layers[id(model)] = dict[str, list[str]]()
+            for name in model.tensors:
+                if split := model.layers.split(name):
+                    found.setdefault(name.removesuffix(split[1]), []).append(split[1])
+        return self._layers[id(model)]
 
     def _shared(self, names: Sequence[list[str]], part: _Part) -> list[str]:
         everywhere = set(names[0]).intersection(*names)
