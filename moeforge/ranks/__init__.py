@@ -21,6 +21,8 @@ from moeforge.ranks.group import SILENCE, Group, Link
 
 JOIN, _RETRY = 300.0, 0.5
 """Seconds in which all ranks must have come, and after which one knocks again."""
+_SHORT, _POLL = 2.0, 0.05
+"""Seconds that torch may wait at a time, and between two looks into the store."""
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -94,21 +96,33 @@ def joined() -> Iterator[Group | None]:
 
 def _links(where: Place) -> dict[int, Link]:
     """Return the connections of this process, by rank."""
-    from torch.distributed.rendezvous import rendezvous
-
     until = time.monotonic() + JOIN
     try:
-        (store, *_) = next(
-            iter(rendezvous("env://", where.rank, where.size, timeout=timedelta(seconds=JOIN)))
-        )
+        store = _store(where, until)
         if where.rank == 0:
             return _welcome(store, where, until)
         return {0: _greet(store, where, until)}
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         what = f"rank {where.rank} of {where.size} did not find the others: {reason}"
         fix = "All ranks must start within 5 minutes, and reach MASTER_ADDR over the network."
         raise BuildError(Finding(what, fix)) from error
+
+
+def _store(where: Place, until: float) -> Any:
+    """Return torch's store of the launch: the launcher's own, or one that rank 0 holds."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    holds = where.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # Short waits, because signals are not received meanwhile.
+    short = timedelta(seconds=_SHORT)
+    while True:
+        try:
+            return TCPStore(*address, where.size, holds, timeout=short, wait_for_workers=False)
+        except RuntimeError:
+            if holds or time.monotonic() > until:
+                raise
 
 
 def _welcome(store: Any, where: Place, until: float) -> dict[int, Link]:
@@ -148,6 +162,10 @@ def _greet(store: Any, where: Place, until: float) -> Link:
     """Connect to rank 0."""
     host = "127.0.0.1" if where.local_size == where.size else os.environ["MASTER_ADDR"]
     while True:
+        while not store.check(["moeforge"]):
+            if time.monotonic() > until:
+                raise OSError("rank 0 did not come")
+            time.sleep(_POLL)
         port, token = json.loads(store.get("moeforge"))
         try:
             link = Link(socket.create_connection((host, port), SILENCE))
