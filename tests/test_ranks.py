@@ -216,6 +216,20 @@ def test_what_the_launcher_does_to_the_others_is_not_taken_for_a_wish(llamas, pl
     assert not said[2]
 
 
+def test_a_rank_that_waits_for_the_others_can_be_stopped(llamas, places):
+    """Rank 0 is killed before it has come; the launcher then ends the other one."""
+    write_recipe("slerp", llamas, places.many)
+    launch = Launch(places.many, 2)
+    launch.kill(0)
+    time.sleep(1.0)
+    launch.kill(1, signal.SIGTERM)
+    began = time.monotonic()
+    codes, said = launch.end(20)
+    assert codes == [-signal.SIGKILL, 143], said
+    assert time.monotonic() - began < 10
+    assert "stopped; nothing was published" in said[1]
+
+
 def test_stopped_by_its_user(llamas, places):
     write_recipe("slerp", llamas, places.many)
     launch = Launch(places.many, 2, *SHARDS, pause=0.06)
