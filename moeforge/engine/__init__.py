@@ -52,6 +52,8 @@ INTERPRETER = 280_000_000
 """Bytes that Python and torch take before any work, measured; see docs/performance.md."""
 COPY_INTERPRETER = 60_000_000
 """The same where everything is copied and torch is never imported."""
+PER_TENSOR = 1300
+"""Bytes that the plan takes for each tensor that is read or written; see docs/scale.md."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,10 @@ def is_copy_only(plan: Plan) -> bool:
 
 def peak_memory(plan: Plan, settings: Settings, slice_elements: int | None = None) -> int:
     """Return an estimate of the engine's peak memory in bytes, the interpreter included."""
+    read = sum(len(source.specs()) for source in plan.sources.values())
+    planned = PER_TENSOR * (len(plan.tensors) + read)
     if is_copy_only(plan):
-        return COPY_INTERPRETER
+        return COPY_INTERPRETER + planned
     size = slice_elements or settings.slice_for(plan)
     buffers, reads, bands = buffers_needed(plan)
     parts = (part for tensor in plan.tensors for part in walk(tensor.expr))
@@ -132,7 +136,7 @@ def peak_memory(plan: Plan, settings: Settings, slice_elements: int | None = Non
     # Results in 8 bytes per element at most, as many temporaries of a method, one raw output; and
     # of each input what is read at a time.
     per_worker = (2 * max(buffers, 1) + 2) * 8 * size + reads * WINDOW + bands + choices
-    return INTERPRETER + settings.workers * per_worker
+    return INTERPRETER + planned + settings.workers * per_worker
 
 
 def run(
