@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge import build_report, engine, sharing, tuning, vouch
 from moeforge.checking import Report, check
+from moeforge.checking.needs import needs_of
 from moeforge.engine import Settings
-from moeforge.errors import BuildError, Finding
+from moeforge.errors import BuildError, Finding, PlanError
 from moeforge.output import folder
 from moeforge.output.fingerprint import fingerprint
 from moeforge.output.journal import Journal, building
@@ -25,7 +26,7 @@ from moeforge.plans import ROUTERS, Plan
 from moeforge.prepare import Prepared, prepare
 from moeforge.prompting import with_selection
 from moeforge.ranks import Group
-from moeforge.recipe import LoadedRecipe
+from moeforge.recipe import LoadedRecipe, MoeRecipe
 from moeforge.routers import Routers, compute_routers, packed, unpacked
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def build(
     shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     strict: bool = False,
+    evict: bool = False,
     offline: bool = False,
     verify: bool = True,
     hash_inputs: bool = False,
@@ -108,6 +110,7 @@ def build(
         shard_size: most bytes of tensors per file.
         overwrite: replace an existing model folder.
         strict: what warnings say before work starts is an error.
+        evict: remove downloads of this build from the Hub's cache when they are used up.
         offline: use only what is in the local Hub cache.
         verify: check the output before it is published.
         hash_inputs: read inputs on this machine whole for the hashes in the lock file.
@@ -122,13 +125,15 @@ def build(
     prepared = prepare(recipe, offline=offline)
     if strict:
         prepared.refuse_warnings()
+    if evict:
+        _refuse_second_reading(prepared, group)
     plan = prepared.plan
     target = Path(out) if out is not None else Path(prepared.loaded.stem)
     for finding in prepared.notes():
         note(finding)
     if group:
         threads, progress = threads or group.threads, group.watching(progress)
-    settings = Settings(threads=threads, memory=memory, device=device)
+    settings = Settings(threads=threads, memory=memory, device=device, evict=evict)
     shards, fits = lay_out(plan.tensors, shard_size), tuple["LayerFit", ...]()
     refuse_existing(target, overwrite=overwrite)
     refuse_inputs(target, (source.folder for source in plan.sources.values() if source.folder))
@@ -141,7 +146,7 @@ def build(
     together = group.together() if group else nullcontext()
     with building(target, identity, overwrite=overwrite, note=note) as journal, together:
         work = journal.folder
-        _check_room(plan, settings, target, sum(seal.nbytes for seal in journal.kept.values()))
+        _check_room(prepared, settings, target, sum(seal.nbytes for seal in journal.kept.values()))
         folder.copy_companions(plan.donor.folder, work)
         if plan.tokenizer:
             plan.tokenizer.write(work)
@@ -157,7 +162,8 @@ def build(
         if group:
             sealed = sharing.lead(group, plan, shards, journal, settings, told, note)
         else:
-            sealed = engine.run(plan, shards, work, settings, told, journal.kept, journal.add)
+            came = lambda done, total: progress("download", done, total)  # noqa: E731
+            sealed = engine.run(plan, shards, work, settings, told, journal.kept, journal.add, came)
         folder.write_json(work / "config.json", plan.config)
         for name, code in plan.code.items():
             (work / name).write_text(code, encoding="utf-8")
@@ -186,6 +192,19 @@ def build(
     return Result(target, plan, seconds, found.heldout, fits, tuned, found.routing, verified)
 
 
+def _refuse_second_reading(prepared: Prepared, group: Group | None) -> None:
+    """Refuse to remove downloads that something reads again."""
+    recipe = prepared.loaded.recipe
+    if group:
+        what = "--evict works with one process: the others may still read what one is done with"
+        raise PlanError(Finding(what, "Leave it out, or build with one process."))
+    tune = recipe.tune if isinstance(recipe, MoeRecipe) else None
+    if recipe.evaluate or (tune and tune.teach):
+        word = "evaluate" if recipe.evaluate else "tune"
+        what = f"{word} reads the models again when the output is there, and --evict removes them"
+        raise PlanError(*prepared.loaded.place([Finding(what, "Leave out one of them.", (word,))]))
+
+
 def _fingerprint(prepared: Prepared, shards: tuple[Shard, ...], device: str) -> str:
     """Return what tells whether files of an earlier run are those that this build would make."""
     recipe, more = prepared.loaded.recipe, list[str]()
@@ -204,14 +223,13 @@ def _routers(prepared: Prepared, journal: Journal, device: str, progress: Progre
     return routers
 
 
-def _check_room(plan: Plan, settings: Settings, target: Path, kept: int) -> None:
+def _check_room(prepared: Prepared, settings: Settings, target: Path, kept: int) -> None:
     """Refuse what cannot fit on the disk or in the memory that it may take."""
-    needed, free = (plan.nbytes - kept) / 1e9, engine.free_space(target) / 1e9
-    if needed > free:
-        where = target.absolute().parent
-        what = f"the output takes {needed:.2f} GB, {where} has {free:.2f} GB free"
-        raise BuildError(Finding(what, "Choose another disk with -o, or a smaller dtype."))
-    peak = engine.peak_memory(plan, settings)
+    taken = needs_of(prepared, target, settings.device)
+    download = 0 if settings.evict else taken.download
+    if short := replace(taken, disk=max(taken.disk - kept, 0), download=download).errors():
+        raise BuildError(*short)
+    peak = engine.peak_memory(prepared.plan, settings)
     if settings.memory and peak > settings.memory:
         allowed = f"--memory allows {settings.memory / 1e6:.0f} MB"
         what = f"this build needs about {peak / 1e6:.0f} MB, {allowed}"

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -104,6 +104,7 @@ class HubServer(ThreadingHTTPServer):
         self.lfs: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.faults: list[tuple[str, Refused | None]] = []
+        self.holds: list[tuple[str, Callable[[], object]]] = []
         self.lock = threading.RLock()
 
     def __enter__(self) -> HubServer:
@@ -133,6 +134,10 @@ class HubServer(ThreadingHTTPServer):
     def fail(self, pattern: str, status: int, message: str = "", code: str = "") -> None:
         """Answer requests whose `METHOD /path` matches with an error; status 0 hangs up."""
         self.faults.append((pattern, Refused(status, message, code) if status else None))
+
+    def hold(self, pattern: str, act: Callable[[], object]) -> None:
+        """Do something before requests whose `METHOD /path` matches are answered."""
+        self.holds.append((pattern, act))
 
     def asked(self, pattern: str) -> list[Request]:
         """Return the requests so far whose `METHOD /path` matches."""
@@ -183,6 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self._path = urlsplit(self.path).path
         self._token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        for pattern, act in self.server.holds:
+            # Not headers, which are asked for by range; others are served meanwhile.
+            if re.search(pattern, f"{self.command} {self._path}") and "Range" not in self.headers:
+                act()
         with self.server.lock:
             try:
                 status, headers, body = self._answer()

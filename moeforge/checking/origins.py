@@ -24,8 +24,7 @@ from moeforge.plans import (
     dump,
     inputs,
 )
-from moeforge.sources import FileSpan, Source
-from moeforge.sources.hub import HubSource
+from moeforge.sources import lies
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -80,16 +79,11 @@ def named(plan: Plan, pattern: str) -> list[PlannedTensor]:
     raise PlanError(Finding(f"the output has no tensor {pattern}{hint}", fix))
 
 
-def _span(source: Source, name: str) -> FileSpan | None:
-    """Return where a tensor lies, without downloading it."""
-    return source.span(name) if isinstance(source, HubSource) else source.locate(name)
-
-
 def _leaf(plan: Plan, read: Read) -> dict[str, Any]:
     if read.source == ROUTERS:
         return {"reads": read.name, "model": "the gates, when they are made"}
     source = plan.sources[read.source]
-    spec, span = source.specs()[read.name], _span(source, read.name)
+    spec, span = source.specs()[read.name], lies(source, read.name)
     data: dict[str, Any] = {"reads": read.name, "model": read.source}
     data |= {"dtype": spec.dtype.name, "shape": list(spec.shape)}
     if span:

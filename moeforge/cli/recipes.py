@@ -44,6 +44,9 @@ def build(
     shard_size: Annotated[str, typer.Option(help="Most bytes per output file.")] = "5GB",
     overwrite: Overwrite = False,
     strict: Strict = False,
+    evict: Annotated[
+        bool, typer.Option("--evict", help="Remove downloads of this build when they are used up.")
+    ] = False,
     offline: Offline = False,
     no_verify: NoVerify = False,
     hash_inputs: Annotated[
@@ -76,6 +79,7 @@ def build(
                 shard_size=per_file,
                 overwrite=overwrite,
                 strict=strict,
+                evict=evict,
                 offline=offline,
                 verify=not no_verify,
                 hash_inputs=hash_inputs,

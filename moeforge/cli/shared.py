@@ -179,7 +179,7 @@ def showing_progress(*, shown: bool) -> Iterator[Progress]:
             if phase not in tasks:
                 tasks[phase] = display.add_task(phase, total=max(total, 1), amount="")
             amount = f"{done}/{total}"
-            if phase == "tensors":
+            if phase in ("tensors", "download", "verify"):
                 speed = display.tasks[tasks[phase]].speed or 0
                 amount = f"{show_size(done)} of {show_size(total)}, {show_size(int(speed))}/s"
             finished = max(total, 1) if done >= total else done

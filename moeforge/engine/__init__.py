@@ -176,7 +176,9 @@ def run(
         jobs = jobs_of(plan, wanted, files)
         with (
             Sealer(folder, wanted, jobs, settings.workers, sealed) as sealer,
-            Fetcher(plan, _order(jobs, settings), evict=settings.evict, progress=came) as fetcher,
+            Fetcher(
+                plan, _order(plan, jobs, settings), evict=settings.evict, progress=came
+            ) as fetcher,
         ):
 
             def told(done: int) -> None:
@@ -197,11 +199,26 @@ def run(
             return {**had, **sealer.finish(lambda: told(total))}
 
 
-def _order(jobs: list[CopyJob | MergeJob], settings: Settings) -> list[CopyJob | MergeJob]:
+def _copies(jobs: list[CopyJob | MergeJob]) -> bool:
+    return all(isinstance(job, CopyJob) for job in jobs)
+
+
+def _workers(plan: Plan, jobs: list[CopyJob | MergeJob], settings: Settings) -> tuple[int, bool]:
+    """Return how many workers there will be, and whether they are processes of their own."""
+    if _copies(jobs):
+        return settings.workers, False
+    elements = sum(job.size for job in jobs)
+    workers = min(settings.workers, len(jobs), -(-elements // CHUNK))
+    forks = processes.AVAILABLE and not (threads.multiplied and multiplies(plan))
+    return workers, workers > 1 and settings.device == "cpu" and forks
+
+
+def _order(
+    plan: Plan, jobs: list[CopyJob | MergeJob], settings: Settings
+) -> list[CopyJob | MergeJob]:
     """Return `jobs` in the order in which they are taken."""
-    if all(isinstance(job, CopyJob) for job in jobs):
-        return jobs
-    return [jobs[number] for number in processes.order_of(jobs, settings.workers)]
+    workers, forks = _workers(plan, jobs, settings)
+    return [jobs[number] for number in processes.order_of(jobs, workers)] if forks else jobs
 
 
 def _do(
@@ -222,9 +239,10 @@ def _do(
         begun: called when worker processes are forked, or before threads begin.
         complete: told each job that is done.
     """
-    if all(isinstance(job, CopyJob) for job in jobs):
+    workers, forks = _workers(plan, jobs, settings)
+    if _copies(jobs):
         begun()
-        Pool(settings.workers, progress, complete).run(jobs, lambda: None)
+        Pool(workers, progress, complete).run(jobs, lambda: None)
         return
     import torch
 
@@ -235,10 +253,7 @@ def _do(
     def make_state() -> Evaluator:
         return Evaluator(plan, size, settings.device)
 
-    elements = sum(job.size for job in jobs)
-    workers = min(settings.workers, len(jobs), -(-elements // CHUNK))
-    forks = processes.AVAILABLE and not (threads.multiplied and multiplies(plan))
-    if workers > 1 and settings.device == "cpu" and forks:
+    if forks:
         processes.run(jobs, make_state, workers, progress, begun, complete)
         return
     threads.multiplied = threads.multiplied or (workers > 1 and multiplies(plan))

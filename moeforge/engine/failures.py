@@ -8,6 +8,7 @@ from typing import Any
 from moeforge.errors import BuildError, Finding, MoeforgeError, out_of_memory
 from moeforge.finite import Odd, count_odd
 from moeforge.plans import Expr, Fill, Merge, Plan, Read, inputs, walk
+from moeforge.sources import lies
 from moeforge.tensors import DType
 
 _WINDOW = 2**20
@@ -37,7 +38,7 @@ def short(plan: Plan, expr: Expr) -> str:
     """Return `expr` in a line: methods, tensors, their shapes and files."""
     if isinstance(expr, Read):
         source = plan.sources[expr.source]
-        spec, span = source.specs()[expr.name], source.locate(expr.name)
+        spec, span = source.specs()[expr.name], lies(source, expr.name)
         return f"{expr.name} {spec} of {span.path if span else source.key}"
     if isinstance(expr, Fill):
         return f"all {expr.value}"

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moeforge import methods
 from moeforge.engine.failures import OddValues, short, whence
+from moeforge.engine.runs import measured_levels, sample_runs
 from moeforge.methods import CHUNK, RUN, Measurement, Place, Scan
 from moeforge.output.layout import Shard
-from moeforge.plans import Expr, Merge, Plan, Read, inputs, pieces, walk
-from moeforge.sources import FileSpan
+from moeforge.plans import Expr, Merge, Plan, Read, pieces, walk
+from moeforge.sources import FileSpan, lies
 from moeforge.tensors import DType, TensorSpec
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ SAMPLE, COARSE = 2**17, 32
 """Elements of a sample; and the runs that it is made of where runs cannot be short."""
 
 Report = Callable[[int], None]
+Ready = Callable[[Report], None]
+"""Returns when inputs are there; calls what it is given now and then, which may raise."""
+
+
+def at_once(report: Report) -> None:
+    """Wait for nothing."""
 
 
 class Sink(Protocol):
@@ -67,21 +74,27 @@ class CopyJob:
 
     Attributes:
         name: output tensor.
-        origin: tensor that they are of, as the input calls it.
+        origin: tensor that they are of.
         span: where they lie.
         dtype: dtype on disk.
         shard: file that they go to.
         offset: byte in it where they begin.
         files: where the bytes go.
+        ready: returns when the input is there.
     """
 
     name: str
-    origin: str
+    origin: Read
     span: FileSpan
     dtype: DType
     shard: str
     offset: int
     files: Sink
+    ready: Ready = at_once
+
+    def reads(self) -> Iterator[Read]:
+        """Yield the tensor that they are of."""
+        yield self.origin
 
     @property
     def size(self) -> int:
@@ -90,7 +103,7 @@ class CopyJob:
 
     def describe(self) -> str:
         """Say what it is."""
-        return f"copied from {self.origin} in {self.span.path}"
+        return f"copied from {self.origin.name} in {self.span.path}"
 
     def chunks(self) -> Iterator[Callable[[Evaluator | None, Report], None]]:
         """Yield one copy: threads are better used on different tensors."""
@@ -101,6 +114,7 @@ class CopyJob:
         return False
 
     def _copy(self, report: Report) -> None:
+        self.ready(report)
         odd, buffer = OddValues(self.dtype), memoryview(bytearray(COPY_WINDOW))
         source = os.open(self.span.path, os.O_RDONLY)
         try:
@@ -153,6 +167,7 @@ class MergeJob:
         offset: byte in it where the piece begins.
         files: where the bytes go.
         odd: counts what is not finite; None where that does not matter.
+        ready: returns when all inputs are there.
     """
 
     name: str
@@ -164,6 +179,11 @@ class MergeJob:
     offset: int
     files: Sink
     odd: OddValues | None = None
+    ready: Ready = at_once
+
+    def reads(self) -> Iterator[Read]:
+        """Yield every tensor that it is made of."""
+        return (part for part in walk(self.expr) if isinstance(part, Read))
 
     def __post_init__(self) -> None:
         self._levels = measured_levels(self.expr)
@@ -201,7 +221,7 @@ class MergeJob:
             if job.scan.sample and self._are_reads(job.node):
                 numel = self._place(job.node).numel
                 runs = sample_runs(numel, RUN, min(SAMPLE, numel // 64) // RUN)
-                yield lambda worker, _, j=job, r=runs: self._sample(worker, j, r)  # type: ignore[misc]
+                yield lambda worker, report, j=job, r=runs: self._sample(worker, j, r, report)  # type: ignore[misc]
                 continue
             ranges = job.scan.runs or self._ranges(job.node, self._place(job.node).numel)
             if job.scan.sample:
@@ -209,8 +229,8 @@ class MergeJob:
                 length = -(-SAMPLE // COARSE // row) * row
                 ranges = sample_runs(self._place(job.node).numel, length, COARSE, row)
             for number, (start, count) in enumerate(ranges):
-                yield lambda worker, _, j=job, i=number, s=start, n=count: self._scan(  # type: ignore[misc]
-                    worker, j, i, s, n
+                yield lambda worker, report, j=job, i=number, s=start, n=count: self._scan(  # type: ignore[misc]
+                    worker, j, i, s, n, report
                 )
 
     def advance(self) -> bool:
@@ -261,16 +281,34 @@ class MergeJob:
 
         return all(isinstance(i, Read) for i in node.inputs) and not needs_rows(node)
 
-    def _sample(self, worker: Evaluator, job: _Scanning, runs: Sequence[tuple[int, int]]) -> None:
+    def _sample(
+        self,
+        worker: Evaluator,
+        job: _Scanning,
+        runs: Sequence[tuple[int, int]],
+        report: Report,
+    ) -> None:
+        self.ready(report)
         job.found[0] = worker.sample(job.node, job.scan, self._working, runs)
 
-    def _scan(self, worker: Evaluator, job: _Scanning, number: int, start: int, count: int) -> None:
+    def _scan(
+        self,
+        worker: Evaluator,
+        job: _Scanning,
+        number: int,
+        start: int,
+        count: int,
+        report: Report,
+    ) -> None:
+        self.ready(report)
+
         def scan() -> Any:
             return worker.scan(job.node, job.scan, self._working, self._whole, start, count)
 
         job.found[number] = self._with_room(worker, scan)
 
     def _write(self, worker: Evaluator, start: int, count: int, report: Report) -> None:
+        self.ready(report)
         size, end = self.dtype.itemsize, start + count
 
         def write() -> None:
@@ -300,51 +338,17 @@ class MergeJob:
                 warnings.warn(f"{self.name}: {done}", stacklevel=2)
 
 
-def sample_runs(numel: int, length: int, most: int, row: int = 1) -> tuple[tuple[int, int], ...]:
-    """Return runs of `length` elements, one at an irregular place in each of equal stretches.
-
-    Args:
-        numel: number of elements.
-        length: elements per run, a multiple of `row`.
-        most: number of runs.
-        row: what places are multiples of.
-    """
-    stretch = numel / most
-    if length >= stretch:
-        return ((0, numel),)
-    starts = (int((i + (i * 0.6180339887) % 1.0) * stretch) // row * row for i in range(most))
-    return tuple((min(start, numel - length), length) for start in starts)
-
-
-def measured_levels(expr: Expr) -> list[list[Merge]]:
-    """Return the expressions whose method measures, innermost first, by level of nesting."""
-    levels: list[list[Merge]] = []
-
-    def visit(node: Expr) -> int:
-        depth = max((visit(child) for child in inputs(node)), default=0)
-        if isinstance(node, Merge) and methods.load(node.method).measure:
-            while len(levels) <= depth:
-                levels.append([])
-            if not any(node is other for other in levels[depth]):
-                levels[depth].append(node)
-            return depth + 1
-        return depth
-
-    visit(expr)
-    return levels
-
-
-def _span(plan: Plan, expr: Expr, spec: TensorSpec) -> tuple[str, FileSpan] | None:
+def _span(plan: Plan, expr: Expr, spec: TensorSpec) -> tuple[Read, FileSpan] | None:
     """Return whose bytes `expr` stored as `spec` are, and where they lie, if a file has them."""
     found = plan.origin(expr)
     if found is None or not plan.is_copy(expr, spec.dtype):
         return None
     read, start = found
-    whole = plan.sources[read.source].locate(read.name)
+    whole = lies(plan.sources[read.source], read.name)
     if whole is None:
         return None
     at = whole.offset + start * spec.dtype.itemsize
-    return read.name, FileSpan(whole.path, at, spec.nbytes)
+    return read, FileSpan(whole.path, at, spec.nbytes)
 
 
 def jobs_of(plan: Plan, shards: Sequence[Shard], files: Sink) -> list[CopyJob | MergeJob]:

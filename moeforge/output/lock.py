@@ -21,7 +21,7 @@ from moeforge import hashes
 from moeforge.errors import Finding, SourceError
 from moeforge.plans import Plan
 from moeforge.sealed import Sealed
-from moeforge.sources import Source
+from moeforge.sources import Source, lies, streamed
 from moeforge.sources.folder import read_json
 from moeforge.version import __version__
 
@@ -144,15 +144,19 @@ def describe(source: Source, *, hash_inputs: bool = False) -> Entry:
     """
     folder = source.folder
     assert folder is not None, "what lies in memory is no input"
-    weights = _weights(source)
+    weights, commit, coming = _weights(source), commit_of(source), streamed(source)
     files: dict[str, Entry] = {}
+    for name in sorted(weights) if coming else ():
+        # It need not be here: the plan may not need it, or it was removed when it was used up.
+        files[name] = {"size": coming.size_of(name), "sha256": coming.sha256_of(name)}  # type: ignore[union-attr]
     for path in sorted(folder.iterdir()):
+        if path.name in files:
+            continue
         if path.name in weights:
-            files[path.name] = _fingerprint(path, whole=hash_inputs)
+            files[path.name] = _fingerprint(path, whole=hash_inputs, hub=commit is not None)
         elif path.is_file() and not any(fnmatch(path.name, p) for p in (*_WEIGHTS, *_UNREAD)):
             files[path.name] = {"size": path.stat().st_size, "sha256": hashes.sha256(path)}
-    commit = commit_of(source)
-    return {"files": files, **({"commit": commit} if commit else {})}
+    return {"files": dict(sorted(files.items())), **({"commit": commit} if commit else {})}
 
 
 def commit_of(source: Source) -> str | None:
@@ -163,7 +167,7 @@ def commit_of(source: Source) -> str | None:
 
 def _weights(source: Source) -> set[str]:
     """Return the names of the files that hold the tensors of `source`."""
-    spans = {name: source.locate(name) for name in source.specs()}
+    spans = {name: lies(source, name) for name in source.specs()}
     found = {span.path.name for span in spans.values() if span}
     if None in spans.values():  # tensors of PyTorch's files that do not lie in them as they are
         folder = source.folder or Path()
@@ -171,8 +175,11 @@ def _weights(source: Source) -> set[str]:
     return found
 
 
-def _fingerprint(path: Path, *, whole: bool) -> Entry:
-    """Return size and sample of a weights file, and its SHA-256 where there is one."""
+def _fingerprint(path: Path, *, whole: bool, hub: bool) -> Entry:
+    """Return size and sample of a weights file, and its SHA-256 where there is one.
+
+    Of a file of the Hub its SHA-256 alone, as where it is not here any more.
+    """
     size = path.stat().st_size
     if size <= hashes.BLOCKS * hashes.BLOCK:  # the sample would be all of it
         return {"size": size, "sha256": hashes.sha256(path)}
@@ -180,6 +187,8 @@ def _fingerprint(path: Path, *, whole: bool) -> Entry:
     if digest is None and whole:
         digest = hashes.sha256(path)
         hashes.remember(path, digest)
+    if digest and hub:
+        return {"size": size, "sha256": digest}
     entry: Entry = {"size": size, "sample": hashes.sample(path)}
     return {**entry, "sha256": digest} if digest else entry
 

@@ -6,10 +6,10 @@ Knows bytes, headers and config.json; knows nothing of layers, merges or torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from moeforge.errors import Finding, HubError, SourceError, nearest
 from moeforge.tensors import TensorSpec
@@ -54,6 +54,45 @@ class Source(Protocol):
 
     def read(self, name: str, start: int, out: memoryview) -> None:
         """Fill `out` with the raw bytes of tensor `name` from byte `start` on."""
+
+
+class Fetched(Source, Protocol):
+    """A source whose weights files come one by one, when they are wanted."""
+
+    def file_of(self, name: str) -> str:
+        """Return the file that holds tensor `name`."""
+
+    def span(self, name: str) -> FileSpan:
+        """Return where the bytes of tensor `name` lie, or will lie; fetches nothing."""
+
+    def size_of(self, file: str) -> int:
+        """Return the bytes of a file."""
+
+    def sha256_of(self, file: str) -> str:
+        """Return the SHA-256 of a file; one that is known without reading it, where there is."""
+
+    def has(self, file: str) -> bool:
+        """Say whether a file is here."""
+
+    def fetch(self, file: str, progress: Callable[[int], None] = lambda count: None) -> None:
+        """Bring a file; `progress` is told of the bytes as they come."""
+
+    def evict(self, file: str) -> None:
+        """Remove a file if this source has brought it."""
+
+    def close(self, keep: Collection[str]) -> None:
+        """Close all files but `keep`."""
+
+
+def streamed(source: Source) -> Fetched | None:
+    """Return `source` if its weights come file by file, else None."""
+    return cast(Fetched, source) if getattr(source, "streams", False) else None
+
+
+def lies(source: Source, name: str) -> FileSpan | None:
+    """Return where the raw bytes of a tensor lie or will lie as they are; fetches nothing."""
+    coming = streamed(source)
+    return coming.span(name) if coming else source.locate(name)
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -59,6 +59,12 @@ class TensorFiles:
             if not count:
                 raise OSError(f"{span.path} ended early while reading {name}")
             done += count
+
+    def close(self, keep: Collection[Path]) -> None:
+        """Close all files but those of `keep`; nobody may be reading the others."""
+        with self._lock:
+            for path in [path for path in self._descriptors if path not in keep]:
+                os.close(self._descriptors.pop(path))
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import glob
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moeforge.errors import Finding, HubError, SourceError
+from moeforge.hashes import sha256
 from moeforge.sources import FileSpan, pickled
+from moeforge.sources.files import TensorFiles
 from moeforge.sources.folder import (
     SINGLE,
     WEIGHTS,
@@ -42,7 +44,8 @@ _CONNECTIONS = 8
 class HubSource:
     """A checkpoint repository on the Hub.
 
-    Opening it fetches small files, `specs` fetches headers, `locate` and `read` fetch the weights.
+    Opening it fetches small files, `specs` fetches headers, `locate` and `read` fetch weights, file
+    by file.
 
     Args:
         repo_id: `owner/name`.
@@ -81,6 +84,8 @@ class HubSource:
         self._offline = offline or constants.HF_HUB_OFFLINE
         self._lock = threading.Lock()
         self._downloaded: FolderSource | None = None
+        self._brought: set[str] = set()
+        self._digests: dict[str, str] = {}
         # Other programs also fill the cache, so offline not all small files can be asked for.
         snapshot = self._fetch_files(
             ("config.json",) if self._offline else _SMALL, commit or revision
@@ -132,6 +137,9 @@ class HubSource:
             files = [entry for entry in entries if isinstance(entry, RepoFile)]
         except Exception as error:
             raise explain(error, self.key) from error
+        for file in files:
+            if file.lfs is not None:
+                self._digests[file.path.removeprefix(self._prefix)] = file.lfs.sha256
         return {file.path.removeprefix(self._prefix): file.size for file in files}
 
     def _cached_sizes(self) -> dict[str, int]:
@@ -235,9 +243,9 @@ class HubSource:
     def _remote_specs(self) -> dict[str, TensorSpec]:
         return {name: spec for name, (spec, _) in self._remote_entries.items()}
 
-    @property
-    def _from_headers(self) -> bool:
-        """Whether headers are all that there is of the weights so far."""
+    @cached_property
+    def streams(self) -> bool:
+        """Whether weights come file by file: safetensors, some of which are not in the cache."""
         return bool(self._missing) and not self._offline and self._weights in WEIGHTS[:2]
 
     @property
@@ -245,9 +253,78 @@ class HubSource:
         """Bytes of weights that are not in the local cache."""
         return sum(self._sizes.get(file, 0) for file in self._missing)
 
-    def span(self, name: str) -> FileSpan | None:
-        """Return where tensor `name` lies, or will lie in the cache; downloads nothing."""
-        return self._remote_entries[name][1] if self._from_headers else self._local.locate(name)
+    @cached_property
+    def _files(self) -> TensorFiles:
+        return TensorFiles(self._remote_entries)
+
+    def file_of(self, name: str) -> str:
+        """Return the weights file that holds tensor `name`."""
+        return self._index.get(name, self._weights)
+
+    def span(self, name: str) -> FileSpan:
+        """Return where the bytes of tensor `name` will lie in the cache; downloads nothing."""
+        return self._files.locate(name)
+
+    def size_of(self, file: str) -> int:
+        """Return the bytes of a weights file."""
+        return self._sizes[file]
+
+    def sha256_of(self, file: str) -> str:
+        """Return the SHA-256 of a weights file, as the Hub tells it of large files."""
+        if file not in self._digests:
+            self.fetch(file)
+            self._digests[file] = sha256(self.folder / file)
+        return self._digests[file]
+
+    def has(self, file: str) -> bool:
+        """Say whether a weights file is in the local cache."""
+        return (self.folder / file).exists()
+
+    def fetch(self, file: str, progress: Callable[[int], None] = lambda count: None) -> None:
+        """Download a weights file into the cache, if it is not there.
+
+        Raises:
+            HubError: the download failed.
+        """
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils.tqdm import tqdm
+
+        class Told(tqdm):
+            """Says how much has come, and draws nothing."""
+
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+            def update(self, n: float | None = 1) -> None:
+                progress(int(n or 0))
+
+        if self.has(file):
+            return
+        try:
+            hf_hub_download(
+                self.repo_id, self._prefix + file, revision=self.commit, tqdm_class=Told
+            )
+        except InterruptedError:
+            raise
+        except Exception as error:  # huggingface_hub raises its own, its HTTP library's and others
+            raise explain(error, f"{self.key}, {file}") from error
+        self._brought.add(file)
+
+    def evict(self, file: str) -> None:
+        """Remove a weights file from the cache if this source has downloaded it."""
+        if file in self._brought:
+            path = self.folder / file
+            self._files.close(self._paths(set(self._weight_files) - {file}))
+            for each in (path.resolve(), path):
+                each.unlink(missing_ok=True)
+            self._brought.discard(file)
+
+    def close(self, keep: Collection[str]) -> None:
+        """Close all weights files but `keep`: an open file takes room though it is removed."""
+        self._files.close(self._paths(keep))
+
+    def _paths(self, files: Iterable[str]) -> set[Path]:
+        return {self.folder / file for file in files}
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Return dtype and shape of every tensor, from headers only.
@@ -255,19 +332,26 @@ class HubSource:
         Headers that are not in the local cache are fetched by range requests, without any weights;
         PyTorch's own files have no header, and are downloaded.
         """
-        return self._remote_specs if self._from_headers else self._local.specs()
+        return self._remote_specs if self.streams else self._local.specs()
 
     def locate(self, name: str) -> FileSpan | None:
-        """Return where the bytes of tensor `name` lie; downloads the weights on first use."""
-        return self._local.locate(name)
+        """Return where the bytes of tensor `name` lie; downloads its file on first use."""
+        if not self.streams:
+            return self._local.locate(name)
+        self.fetch(self.file_of(name))
+        return self.span(name)
 
     def read(self, name: str, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of tensor `name` from byte `start` on.
 
-        Downloads the weights on first use.
+        Downloads its file on first use.
 
         Raises:
             HubError: the download failed.
             OSError: the file cannot be read or has become shorter.
         """
-        self._local.read(name, start, out)
+        if not self.streams:
+            self._local.read(name, start, out)
+            return
+        self.fetch(self.file_of(name))
+        self._files.read(name, start, out)
