@@ -83,7 +83,7 @@ def mutated(draw, originals, extra=(), values=ODD):
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from([p for p in places(data) if p] or [()]))
         if not path:
-            return draw(values)
+            return copy.deepcopy(draw(values))
         holder = data
         for part in path[:-1]:
             holder = holder[part]
@@ -94,9 +94,9 @@ def mutated(draw, originals, extra=(), values=ODD):
             holder.append(copy.deepcopy(holder[path[-1]]))
         elif act == "add" and isinstance(holder, dict):
             key = draw(st.sampled_from(extra) if extra else st.text(max_size=8))
-            holder[key] = draw(values)
+            holder[key] = copy.deepcopy(draw(values))
         else:
-            holder[path[-1]] = draw(values)
+            holder[path[-1]] = copy.deepcopy(draw(values))
     return data
 
 

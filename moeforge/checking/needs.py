@@ -29,9 +29,9 @@ WRITE = 0.5e9
 """Bytes per second that are written, a fresh file on a plain disk; reading is as fast or faster."""
 DOWNLOAD = 50e6
 """Bytes per second that come from the Hub on a common connection."""
-SIMPLE, MEASURED, SORTED = 1e-9, 5e-9, 65e-9
+SIMPLE, MEASURED, SORTED = 1e-9, 3e-9, 10e-9
 """Seconds of one core for each element of an input: elementwise methods, those that look at the
-whole tensor first, and those that sort every row. See docs/architecture.md."""
+whole tensor first, and those that sort every row. See docs/performance.md."""
 _TOKEN = 2
 """Bytes of text per token, at least; with large vocabularies there are about four."""
 
