@@ -491,6 +491,16 @@ def test_modules_that_an_adapter_does_not_name_are_refused(saved, llamas, tmp_pa
     assert "not a list of names" in said(linear(f"{llamas[0]}+{tmp_path}", llamas[1]), 4)
 
 
+@pytest.mark.parametrize("key", ["lora_alpha", "r"])
+@pytest.mark.parametrize("value", [10**400, float("inf"), float("nan"), -(10**30)])
+def test_impossible_numbers_of_an_adapter_are_named(key, value, llamas, tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, key: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    rewrite(tmp_path, {})
+    (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.safetensors")
+    assert f"{key} is {str(value)[:60]}" in said(linear(f"{llamas[0]}+{tmp_path}", llamas[1]), 4)
+
+
 TOKENIZERS = {
     "ids of another kind": ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": "0"}}}),
     "no ids": ("tokenizer.json", {"model": {"vocab": {"a": None}}}),

@@ -153,7 +153,7 @@ def _told(
 def _print_notes(error: BaseException) -> None:
     """Print what was noted on an error on its way: what is kept of the work."""
     for text in getattr(error, "__notes__", ()):
-        print(f"    {text}", file=sys.stderr)
+        print(hidden(f"    {text}"), file=sys.stderr)
 
 
 @contextmanager

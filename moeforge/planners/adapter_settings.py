@@ -24,6 +24,8 @@ _MOVED_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
 """Initialisations that also changed the weights that the adapter was trained on."""
 
 _MOST_REPETITIONS = 4
+_LARGEST = 10**9
+"""Of ranks and alphas; NaN and infinity are beyond it."""
 
 _ENDING = r"(.*\.)?({})$"
 """How a pattern is the end of a module's name. Source: peft.utils.other.get_pattern_key."""
@@ -114,5 +116,6 @@ def problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 isinstance(value, bool)
                 or not isinstance(value, kinds)
                 or (key == "r" and value < 1)
+                or not abs(value) <= _LARGEST
             ):
-                yield f"{key} is {value!r}", AGAIN
+                yield f"{key} is {str(value)[:60]}", AGAIN
