@@ -143,6 +143,7 @@ def recipes(models: Path, layers: int) -> dict[str, dict[str, Any]]:
         "MoE of 4": moe(tunes[:4]),
         "MoE of 8": moe(tunes[:8]),
         "linear of 3": merge("linear", weighed, None),
+        "linear of 8": merge("linear", [{"model": m, **one} for m in tunes], None),
         "SLERP of 2": merge("slerp", three[:1], base, parameters={"t": 0.4}),
         "task arithmetic of 3": merge("task_arithmetic", weighed),
         "TIES of 3": merge("ties", dense),
