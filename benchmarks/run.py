@@ -162,7 +162,7 @@ class Run:
     """One command: wall-clock and CPU seconds, and peak memory in bytes.
 
     `peak` is that of the largest process, `together` of all at the same time (proportional set
-    size); both are looked at every 50 ms.
+    size); both are zero where nobody looked.
     """
 
     seconds: float
@@ -204,8 +204,16 @@ def _memory(pid: int) -> tuple[int, int]:
         return 0, 0
 
 
-def timed(command: list[str], cwd: Path, **env: str) -> Run:
-    """Run a command; a failure ends everything."""
+def timed(command: list[str], cwd: Path, look: float | None = None, **env: str) -> Run:
+    """Run a command; a failure ends everything.
+
+    Args:
+        command: what to run.
+        cwd: where.
+        look: seconds between two looks at its memory; None takes none, for a look walks through the
+            pages of the processes and would take its part of the time that is measured.
+        env: added to the environment.
+    """
     most = [0, 0]
     with open(cwd / "log.txt", "w") as log:
         began = time.perf_counter()
@@ -215,7 +223,7 @@ def timed(command: list[str], cwd: Path, **env: str) -> Run:
         stop = threading.Event()
 
         def watch() -> None:
-            while not stop.wait(0.05):
+            while look and not stop.wait(look):
                 peaks, sizes = zip(*map(_memory, _descendants(child.pid)), strict=True)
                 most[:] = max(most[0], *peaks), max(most[1], sum(sizes))
 
@@ -273,11 +281,11 @@ class Bench:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         subprocess.run(["sync"], check=True)
 
-    def moeforge(self, name: str, *more: str) -> Run:
+    def moeforge(self, name: str, look: float | None = None) -> Run:
         """Build with moeforge."""
         self._clear()
         command = [sys.executable, "-m", "moeforge", "build", str(self._recipe(name)), "-o", "out"]
-        return timed([*command, "--quiet", *self.options, *more], self.folder)
+        return timed([*command, "--quiet", *self.options], self.folder, look)
 
     def floor(self, name: str, extra: str = "") -> Run:
         """Read all inputs and write the output's bytes; `out` must be there."""
@@ -297,7 +305,7 @@ class Bench:
         command = [str(self.mergekit / "bin" / tool), str(self._recipe(name)), "out"]
         if name.startswith("LoRA"):
             command += ["--lora-merge-cache", "merged"]
-        return timed(command, self.folder, HF_HUB_OFFLINE="1")
+        return timed(command, self.folder, 0.5, HF_HUB_OFFLINE="1")
 
 
 def median(runs: list[Run], of: Callable[[Run], float]) -> float:
@@ -340,6 +348,8 @@ def main() -> None:
             proof = "&& sync && openssl dgst -sha256 copy/*.safetensors"  # coreutils is far slower
             found.setdefault("proved", []).append(bench.floor(name, proof))
             found.setdefault("start", []).append(nothing.moeforge(name))
+            if not number:
+                found["memory"] = [bench.moeforge(name, 0.05)]
             if (run := bench.other(name)) is not None:
                 found.setdefault("mergekit", []).append(run)
                 found.setdefault("mergekit start", []).append(nothing.other(name) or run)
@@ -373,8 +383,8 @@ def show(results: dict[str, dict[str, list[Run]]], size: str, rounds: int) -> No
         cells += [f"{own / floor:.2f}" for floor in floors]
         cpu = [median(found[k], lambda r: r.cpu) for k in ("moeforge", "start", "floor")]
         cells += [f"{cpu[0] - cpu[1]:.2f}", f"{cpu[2]:.2f}"]
-        cells.append(f"{median(found['moeforge'], lambda r: r.peak) / 1e6:.0f}")
-        cells.append(f"{median(found['moeforge'], lambda r: r.together) / 1e6:.0f}")
+        cells.append(f"{found['memory'][0].peak / 1e6:.0f}")
+        cells.append(f"{found['memory'][0].together / 1e6:.0f}")
         if "mergekit" in found:
             theirs = median(found["mergekit"], lambda r: r.seconds)
             after = theirs - median(found["mergekit start"], lambda r: r.seconds)
