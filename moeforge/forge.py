@@ -39,8 +39,9 @@ __all__ = ["Progress", "RecipeLike", "Report", "Result", "build", "check", "plan
 
 RecipeLike = str | Path | dict[str, Any] | LoadedRecipe
 Progress = Callable[[str, int, int], None]
-"""Called with the phase ("routers", "tensors", "teachers", "router training", "held-out text",
-"routing", "verify"), what is done of it, and all of it; tensors are counted in bytes."""
+"""Called with the phase ("routers", "download", "tensors", "teachers", "router training",
+"held-out text", "routing", "verify"), what is done of it, and all of it; downloads, tensors and
+checks are counted in bytes."""
 
 
 @dataclass(frozen=True)
