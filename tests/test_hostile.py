@@ -498,7 +498,7 @@ def test_impossible_numbers_of_an_adapter_are_named(key, value, llamas, tmp_path
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     rewrite(tmp_path, {})
     (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.safetensors")
-    assert f"{key} is {str(value)[:60]}" in said(linear(f"{llamas[0]}+{tmp_path}", llamas[1]), 4)
+    assert f"{key} is {repr(value)[:60]}" in said(linear(f"{llamas[0]}+{tmp_path}", llamas[1]), 4)
 
 
 TOKENIZERS = {

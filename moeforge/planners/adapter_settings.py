@@ -118,4 +118,4 @@ def problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 or (key == "r" and value < 1)
                 or not abs(value) <= _LARGEST
             ):
-                yield f"{key} is {str(value)[:60]}", AGAIN
+                yield f"{key} is {repr(value)[:60]}", AGAIN
