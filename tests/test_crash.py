@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from moeforge import forge
 from moeforge.engine import seal
 from moeforge.errors import BuildError, Finding
-from moeforge.output import staging
+from moeforge.output import journal, staging
 from moeforge.proof.verify.checks import Verified, judged
 from moeforge.sources.folder import FolderSource
 
@@ -269,6 +269,23 @@ def test_asked_to_stop(asked, code, llamas, tmp_path):
     assert "stopped; nothing was published" in said
     assert "run the same command to go on from there" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["_lock", "_clean"])
+def test_stopped_before_anything_is_made(where, llamas, tmp_path, monkeypatch):
+    """Ctrl-C when the work folder is there and nothing in it is finished: it goes, too."""
+    room = staging if where == "_lock" else journal.Journal
+    real = getattr(room, where)
+
+    def interrupted(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            forge.build(slerp(*llamas[:2]), tmp_path / "out", verify=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_build_of_one_folder_is_refused(llamas, tmp_path):

@@ -175,7 +175,12 @@ def building(
             disk refuses.
     """
     with locked(out, overwrite=overwrite) as root:
-        journal = Journal(root, fingerprint, note)
+        try:
+            journal = Journal(root, fingerprint, note)
+        except BaseException:
+            if not (root / _NAME).exists():  # nothing of an earlier run is in it
+                shutil.rmtree(root, ignore_errors=True)
+            raise
         try:
             try:
                 yield journal

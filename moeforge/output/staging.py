@@ -62,6 +62,10 @@ def locked(out: Path, *, overwrite: bool) -> Iterator[Path]:
         lock = _lock(work)
     except OSError as error:
         raise BuildError(Finding(f"cannot write beside {out}: {error.strerror}")) from error
+    except BaseException:  # Ctrl-C
+        with suppress(OSError):
+            work.rmdir()
+        raise
     if lock is None:
         what = f"another build is making {out} now"
         raise BuildError(Finding(what, "Wait for it, or choose another folder with -o."))
