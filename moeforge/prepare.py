@@ -33,6 +33,21 @@ ExpertPrompt = tuple[int, bool, Prompt]
 
 
 @dataclass(frozen=True)
+class Padding:
+    """A model whose embeddings have another number of rows than its tokenizer has tokens.
+
+    Attributes:
+        model: whose.
+        rows: rows of its embeddings.
+        tokens: entries of its tokenizer, gaps between ids included.
+    """
+
+    model: str
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A recipe that can be built.
 
@@ -42,6 +57,7 @@ class Prepared:
         plan: what will be made.
         prompts: what the gate mode reads; empty where it reads none.
         remarks: what is worth knowing of prompts and tokenizer.
+        padding: embeddings and tokenizer of different size, where the output gets both.
     """
 
     loaded: LoadedRecipe
@@ -49,6 +65,7 @@ class Prepared:
     plan: Plan
     prompts: Sequence[ExpertPrompt]
     remarks: tuple[Finding, ...] = ()
+    padding: Padding | None = None
 
     def notes(self) -> tuple[Finding, ...]:
         """Return what is worth knowing before the build."""
@@ -181,9 +198,8 @@ def _alike(loaded: LoadedRecipe, prompts: Sequence[ExpertPrompt]) -> list[Findin
     return found
 
 
-def _tokens_without_rows(planner: Planner, plan: Plan) -> list[Finding]:
+def _tokens_without_rows(padding: Padding | None) -> list[Finding]:
     """Warn of a tokenizer that has more tokens than the embeddings it is copied for have rows."""
-    padding = padding_of(planner, plan)
     if padding is None or padding.tokens <= padding.rows:
         return []
     what = f"{padding.model}: its tokenizer has {padding.tokens} tokens, its embeddings have "
@@ -192,28 +208,17 @@ def _tokens_without_rows(planner: Planner, plan: Plan) -> list[Finding]:
     return [Finding(what, fix, warning=True)]
 
 
-@dataclass(frozen=True)
-class Padding:
-    """A model whose embeddings have another number of rows than its tokenizer has tokens.
+def _padding(planner: Planner, plan: Plan) -> Padding | None:
+    """Return how embeddings and tokenizer differ in the model whose tokenizer the output gets.
 
-    Attributes:
-        model: whose.
-        rows: rows of its embeddings.
-        tokens: entries of its tokenizer, gaps between ids included.
+    Told of tokenizer.json only: other files must be converted, which takes seconds.
     """
-
-    model: str
-    rows: int
-    tokens: int
-
-
-def padding_of(planner: Planner, plan: Plan) -> Padding | None:
-    """Return how embeddings and tokenizer differ in the model whose tokenizer the output gets."""
     model = next((model for model in planner.opened if model.donor is plan.donor), None)
     count = rows(model) if model else None
     if model is None or not count or plan.tokenizer is not None:
         return None
-    if not has_tokenizer(model.donor.folder):
+    folder = model.donor.folder
+    if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     try:
         entries = 1 + max(tokens_of(model).ids.values(), default=-1)
@@ -287,5 +292,6 @@ def prepare_with(loaded: LoadedRecipe, planner: Planner) -> Prepared:
     findings += differing_modules(plan.donor.folder, folders)
     if findings:
         raise PlanError(*loaded.place(findings))
-    remarks = [*_alike(loaded, prompts), *_tokens_without_rows(planner, plan)]
-    return Prepared(loaded, planner, plan, prompts, loaded.place(remarks))
+    padding = _padding(planner, plan)
+    remarks = loaded.place([*_alike(loaded, prompts), *_tokens_without_rows(padding)])
+    return Prepared(loaded, planner, plan, prompts, remarks, padding)

@@ -284,7 +284,7 @@ def test_padding_rows_are_said_and_missing_rows_warned_of(models, llamas, tmp_pa
     shutil.copytree(llamas[0], folder)
     report = checking.check(linear(folder))
     tokens = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
-    assert (report.padding.rows, report.padding.tokens) == (300, tokens)
+    assert (report.prepared.padding.rows, report.prepared.padding.tokens) == (300, tokens)
     out, _ = shown("check", written(tmp_path, linear(folder)))
     assert f"300 rows for {tokens} tokens; {300 - tokens} padding rows are kept" in out
     narrow = models("llama", seed=9, vocab_size=tokens - 5)

@@ -12,7 +12,7 @@ from moeforge.checking.compatibility import Comparison, compare
 from moeforge.checking.needs import Needs, needs_of
 from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
 from moeforge.plans import Plan
-from moeforge.prepare import Padding, Prepared, padding_of, planner_for, prepare_with
+from moeforge.prepare import Prepared, planner_for, prepare_with
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class Report:
         exit_code: of the first kind of error; 0 without one.
         compared: the models side by side; None where there are fewer than two.
         needs: what the build takes; None where there is no plan.
-        padding: embeddings and tokenizer of different size, where the output gets both.
         prepared: recipe, planner and plan; None where there is no plan.
     """
 
@@ -36,7 +35,6 @@ class Report:
     exit_code: int
     compared: Comparison | None = None
     needs: Needs | None = None
-    padding: Padding | None = None
     prepared: Prepared | None = None
 
 
@@ -76,8 +74,7 @@ def check(
     if short := taken.errors():
         errors, code = (*errors, *short), code or BuildError.exit_code
     notes = (*prepared.notes(), *notes, *taken.warnings())
-    padding = padding_of(planner, plan)
     if strict and (harmful := tuple(note for note in notes if note.warning)):
         errors, code = (*errors, *harmful), code or PlanError.exit_code
         notes = tuple(note for note in notes if not note.warning)
-    return Report(errors, notes, plan, code, compare(planner.opened), taken, padding, prepared)
+    return Report(errors, notes, plan, code, compare(planner.opened), taken, prepared)

@@ -207,12 +207,13 @@ def _report_json(report: Report, *, explain: bool) -> dict[str, Any]:
     from moeforge.checking.needs import needs_json
 
     experts = report.plan.experts if report.plan else None
+    padding = report.prepared.padding if report.prepared else None
     data = {
         "errors": findings_json(report.errors),
         "notes": findings_json(report.notes),
         "architectures": dict(experts.considered) if experts else {},
         "models": comparison_json(report.compared) if report.compared else None,
-        "padding": vars(report.padding) if report.padding else None,
+        "padding": vars(padding) if padding else None,
         "needs": needs_json(report.needs) if report.needs else None,
     }
     if explain and report.prepared:
@@ -235,7 +236,8 @@ def _show_report(report: Report, recipe: Path, *, explain: bool) -> None:
     if report.plan and report.plan.experts:
         for name, why in report.plan.experts.considered:
             print(f"architecture {name}: {why}")
-    if (padded := report.padding) and padded.rows > padded.tokens:
+    padded = report.prepared.padding if report.prepared else None
+    if padded and padded.rows > padded.tokens:
         print(
             f"embeddings of {padded.model}: {padded.rows} rows for {padded.tokens} tokens; "
             f"{padded.rows - padded.tokens} padding rows are kept as they are"

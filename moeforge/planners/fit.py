@@ -45,7 +45,7 @@ def _compare_tokens(
     base: Model, expert: Model, sizes: str | None, notes: Findings, path: Path
 ) -> None:
     """Warn of tokens that only the expert has: a mixture has the base's embeddings."""
-    lost = tokens_lost(base, expert)
+    lost, moved = tokens_lost_and_moved(base, expert)
     fix = (
         "A mixture has one embedding table, the base's, so these would be lost: give a base that "
         "has them if prompts use them."
@@ -57,25 +57,23 @@ def _compare_tokens(
         notes.warn(f"{sizes}: tokens it lacks are lost", fix, path)
     elif sizes:
         notes.error(f"{sizes}, with the same tokens: its further rows are unused", path=path)
-    if moved := tokens_moved(base, expert):
+    if moved:
         what = f"{expert.label} has {len(moved)} tokens under other ids than {base.label}: "
         fix = "Its MLPs know these by other embeddings than the base's: expect less of it."
         notes.warn(what + listing(moved, 5), fix, path)
 
 
-def tokens_lost(base: Model, other: Model) -> list[str] | None:
-    """Return the tokens of `other` that `base` lacks, by id; None where that cannot be told."""
+def tokens_lost_and_moved(base: Model, other: Model) -> tuple[list[str] | None, list[str]]:
+    """Return the tokens of `other` that `base` lacks, and those that it has under another id.
+
+    By id; the first is None where it cannot be told.
+    """
     if (both := _both(base, other)) is None:
-        return None
+        return None, []
     known, ids = both
-    return sorted((token for token in ids if token not in known), key=lambda token: ids[token])
-
-
-def tokens_moved(base: Model, other: Model) -> list[str]:
-    """Return the tokens of both that `other` has under another id than `base`, by the base's id."""
-    known, ids = _both(base, other) or ({}, {})
+    lost = sorted((token for token in ids if token not in known), key=lambda token: ids[token])
     moved = (token for token in ids if token in known and known[token] != ids[token])
-    return sorted(moved, key=lambda token: known[token])
+    return lost, sorted(moved, key=lambda token: known[token])
 
 
 def _both(base: Model, other: Model) -> tuple[Mapping[str, int], Mapping[str, int]] | None:

@@ -9,7 +9,7 @@ from typing import Any
 from moeforge.configs import Config, n_layers, portable
 from moeforge.errors import Path
 from moeforge.planners.combine import Combiner, Seed, Slot, missing_tensors
-from moeforge.planners.fit import tokens_lost, tokens_moved, unlike
+from moeforge.planners.fit import tokens_lost_and_moved, unlike
 from moeforge.planners.model import (
     EMBEDDINGS,
     HEAD,
@@ -101,11 +101,12 @@ def note_differences(donor: Model, others: Sequence[Model], notes: Findings, pat
 def note_other_tokens(donor: Model, others: Sequence[Model], notes: Findings, path: Path) -> None:
     """Warn of tokens that are lost or have moved, where the recipe does not choose its tokens."""
     for other in others:
-        if lost := tokens_lost(donor, other):
+        lost, moved = tokens_lost_and_moved(donor, other)
+        if lost:
             what = f"{other.label} has {len(lost)} tokens that {donor.label} lacks"
             fix = "The result has the tokens of {}: write tokenizer: {{source: union}} for all."
             notes.warn(f"{what}: {listing(lost, 5)}", fix.format(donor.label), path)
-        if moved := tokens_moved(donor, other):
+        if moved:
             what = f"{other.label} has {len(moved)} tokens under other ids than {donor.label}"
             fix = "One row would be of different tokens: write tokenizer: {source: base}."
             notes.warn(f"{what}: {listing(moved, 5)}", fix, path)
