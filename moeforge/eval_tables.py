@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from moeforge.proof.perplexity import Comparison, Measured, Score
@@ -65,7 +66,7 @@ def comparison_tables(comparison: Comparison) -> list[str | Table]:
         table = Table()
         table.add_column("model")
         for file in [*files, *(["mean"] if len(files) > 1 else [])]:
-            table.add_column(file, justify="right")
+            table.add_column(escape(file), justify="right")
         rows = [_row(each, name) for each in comparison.models]
         best = [min(column) for column in zip(*rows, strict=True)]
         for label, row in zip(labels, rows, strict=True):
@@ -75,7 +76,7 @@ def comparison_tables(comparison: Comparison) -> list[str | Table]:
                 else form.format(value)
                 for value, lowest in zip(row, best, strict=True)
             ]
-            table.add_row(label, *cells)
+            table.add_row(escape(label), *cells)
         shown += [f"\n{title} ({why})", table]
     return shown
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from moeforge.gates import LayerFit
@@ -32,7 +33,7 @@ def fits_table(fits: Sequence[LayerFit], experts: Experts) -> Table:
     """Return the fit of each layer and the load of its experts; arrows where it was calibrated."""
     table = Table(title="Fitted routers, and the load of experts on the calibration prompts")
     for column in ("layer", "λ", "temperature", "held-out loss", *short_labels(experts.labels)):
-        table.add_column(column, justify="right")
+        table.add_column(escape(column), justify="right")
     for layer, fit in zip(experts.layers, fits, strict=True):
         loads = [
             f"{after:.0%}" if before == after else f"{before:.0%} → {after:.0%}"

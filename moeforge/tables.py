@@ -99,7 +99,7 @@ def plan_table(plan: Plan, described: dict[str, Any]) -> Table:
         if "num_hidden_layers" in plan.config and len(e.layers) < plan.config["num_hidden_layers"]:
             table.add_row("in layers", ", ".join(map(str, e.layers)))
         for name, why in e.considered:
-            table.add_row("architecture", f"{name}: {why}")
+            table.add_row("architecture", escape(f"{name}: {why}"))
     table.add_row("parameters", parameters)
     table.add_row("reads", escape(f"{_size(plan.bytes_read)} from {', '.join(plan.sources)}"))
     copied = 100 * plan.bytes_copied / max(plan.nbytes, 1)

@@ -248,7 +248,9 @@ def test_brackets_in_names_are_no_markup(models, llamas, tmp_path):
     other = models("llama", seed=5, rope_theta=500000.0)
     recipe = written(tmp_path, mixture(llamas[1], odd, other))
     trace = ("plan", recipe, "--trace", "*layers.0.*experts.0.w1*")
-    for command in (("check", recipe), ("plan", recipe), trace, ("inspect", odd)):
+    out = ("check", recipe, "-o", tmp_path / "[bold]a[b]" / "out")
+    shown("check", recipe, "-o", tmp_path / "[" / "x]" / "out")
+    for command in (("check", recipe), ("plan", recipe), trace, ("inspect", odd), out):
         text = shown(*command)[0].replace("│", "")
         assert "[bold]a[b]" in "".join(text.split()), command
 

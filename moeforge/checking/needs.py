@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from moeforge import engine, gates, methods
@@ -249,9 +250,11 @@ def needs_table(found: Needs) -> Table:
     if found.gpu is not None:
         free = "" if found.gpu_free is None else f" of {_gb(found.gpu_free)} free"
         table.add_row("GPU", f"about {_gb(found.gpu)}{free}")
-    table.add_row("disk", f"{_gb(found.disk)} of {_gb(found.disk_free)} free in {found.folder}")
+    table.add_row(
+        "disk", f"{_gb(found.disk)} of {_gb(found.disk_free)} free in {escape(str(found.folder))}"
+    )
     if found.download:
         free = f"{_gb(found.cache_free)} free in {found.cache}"
-        table.add_row("download", f"{_gb(found.download)} of {free}")
+        table.add_row("download", f"{_gb(found.download)} of {escape(free)}")
     table.add_row("time", f"about {_time(found.seconds)}, gates and evaluation apart")
     return table

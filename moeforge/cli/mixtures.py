@@ -235,4 +235,7 @@ def tune(
         if as_json:
             print_json(tuned_json(tuned))
         else:
-            print_parts(f"[bold]{out}[/]: {verdict(tuned)}", tuned_table(tuned))
+            from rich.markup import escape
+
+            told_of = f"[bold]{escape(str(out))}[/]: {escape(verdict(tuned))}"
+            print_parts(told_of, tuned_table(tuned))

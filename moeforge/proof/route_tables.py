@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from moeforge.proof.route_report import DEAD, DOMINATING, RouteReport, names
@@ -122,14 +123,16 @@ def _numbers(values: Sequence[float]) -> list[float | None]:
 def as_tables(report: RouteReport) -> list[str | Table]:
     """Return a report as headings, tables and sentences, for a terminal."""
     shown: list[str | Table] = [
-        f"{report.model}: {report.model_type}, {len(report.experts)} experts, "
-        f"{report.per_token} per token; {report.tokens} tokens of {len(report.domains)} domains",
+        escape(
+            f"{report.model}: {report.model_type}, {len(report.experts)} experts, "
+            f"{report.per_token} per token; {report.tokens} tokens of {len(report.domains)} domains"
+        ),
         "\nLoad of experts by layer: share of choices / share of weight",
         _loads(report),
         "\nShare of tokens whose first choice is right for their domain",
         _accuracies(report),
-        mapping_words(report),
-        *remarks(report),
+        escape(mapping_words(report)),
+        *map(escape, remarks(report)),
     ]
     return shown
 
@@ -139,7 +142,7 @@ def _loads(report: RouteReport) -> Table:
     table.add_column("layer", justify="right")
     few = len(report.experts) <= _WIDE
     for label in report.experts if few else ("least loaded", "most loaded"):
-        table.add_column(label, justify="right")
+        table.add_column(escape(label), justify="right")
     table.add_column("entropy", justify="right")
     table.add_column("confidence", justify="right")
     load, weight = report.load_LE(), report.weight_LE()
@@ -150,7 +153,7 @@ def _loads(report: RouteReport) -> Table:
         cells = [f"[bold]{cell}[/]" if e in marked else cell for e, cell in enumerate(cells)]
         if not few:
             ends = (int(weight[i].argmin()), int(weight[i].argmax()))
-            cells = [f"{report.experts[e]}: {cells[e]}" for e in ends]
+            cells = [f"{escape(report.experts[e])}: {cells[e]}" for e in ends]
         entropy = report.entropy_L()[i]
         cells.append("—" if entropy != entropy else f"{entropy:.2f}")
         table.add_row(str(number), *cells, f"{report.confidence_L()[i]:.2f}")
@@ -163,7 +166,7 @@ def _accuracies(report: RouteReport) -> Table:
     table = Table()
     table.add_column("layer", justify="right")
     for domain in report.domains:
-        table.add_column(domain.name, justify="right")
+        table.add_column(escape(domain.name), justify="right")
     table.add_column("mean", justify="right")
     accuracy = report.accuracy_LD()
     known = accuracy[:, ~np.isnan(accuracy).any(0)]

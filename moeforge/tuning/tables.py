@@ -72,14 +72,15 @@ def tuned_json(tuned: Tuned) -> dict[str, Any]:
 
 def tuned_table(tuned: Tuned) -> Table:
     """Return a tuning as a table for the terminal."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=verdict(tuned), title_justify="left", title_style="")
+    table = Table(title=escape(verdict(tuned)), title_justify="left", title_style="")
     table.add_column("")
     for name in ("held-out loss", *_labels(tuned)):
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     for name, loss, load in _rows(tuned):
-        table.add_row(name, loss, *load)
+        table.add_row(escape(name), loss, *load)
     return table
 
 
