@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moeforge import catalog, families, gates, methods
-from moeforge.checking.needs import peak_memory
+from moeforge.checking.needs import peak_memory, sized
 from moeforge.checking.origins import groups
 from moeforge.engine import Settings
 from moeforge.families import _remote
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from moeforge.proof.heldout import HeldOut
 
 SHELVES = ("methods", "families", "gates")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def describe(prepared: Prepared, shard_size: int) -> dict[str, Any]:
@@ -101,12 +97,12 @@ def plan_table(plan: Plan, described: dict[str, Any]) -> Table:
         for name, why in e.considered:
             table.add_row("architecture", escape(f"{name}: {why}"))
     table.add_row("parameters", parameters)
-    table.add_row("reads", escape(f"{_size(plan.bytes_read)} from {', '.join(plan.sources)}"))
+    table.add_row("reads", escape(f"{sized(plan.bytes_read)} from {', '.join(plan.sources)}"))
     copied = 100 * plan.bytes_copied / max(plan.nbytes, 1)
     files = len({tensor["file"] for tensor in described["tensors"]})
-    written = _size(described["bytes_written"])
+    written = sized(described["bytes_written"])
     table.add_row("writes", f"{written} in {files} file(s), {copied:.0f} % copied as it is")
-    table.add_row("needs", f"about {_size(described['peak_memory'])} memory, {written} disk")
+    table.add_row("needs", f"about {sized(described['peak_memory'])} memory, {written} disk")
     for left in groups(plan.left_out):
         where = listing(left["where"])
         what = f"{left['tensors']} tensors of {left['model']}: {where} ({left['why']})"
@@ -166,7 +162,7 @@ def facts_table(found: dict[str, Any]) -> Table:
         if key == "parameters":
             text = f"{amount(value)} ({value:,})"
         elif key == "bytes":
-            text = _size(value)
+            text = sized(value)
         elif key == "dtypes":
             text = ", ".join(value)
         elif key == "moe_families":

@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from moeforge.checking.origins import NUMBERED, spans
-from moeforge.planners.model import listing
+from moeforge.checking.origins import spans
+from moeforge.planners.model import NUMBERED, listing
 from moeforge.plans import (
     ROUTERS,
     Affine,

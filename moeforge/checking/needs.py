@@ -71,21 +71,23 @@ class Needs:
 
     def errors(self) -> list[Finding]:
         """Return what the disks cannot hold."""
-        here, there = _gb(self.disk), _gb(self.download)
+        here, there = sized(self.disk), sized(self.download)
         room = "Choose another disk with -o"
-        room += f", or write dtype: bfloat16 (saves {_gb(self.saved)})." if self.saved else "."
+        room += f", or write dtype: bfloat16 (saves {sized(self.saved)})." if self.saved else "."
         if self.download and self.cache and _device(self.folder) == _device(self.cache):
             if self.disk + self.download <= self.disk_free:
                 return []
             what = f"the build needs {here} in {self.folder} and {there} in the Hub's cache "
-            what += f"{self.cache}; the disk of both has {_gb(self.disk_free)} free"
+            what += f"{self.cache}; the disk of both has {sized(self.disk_free)} free"
             return [Finding(what, room)]
         found = []
         if self.disk > self.disk_free:
-            what = f"the output takes {here}, {self.folder} has {_gb(self.disk_free)} free"
+            what = f"the output takes {here}, {self.folder} has {sized(self.disk_free)} free"
             found.append(Finding(what, room))
         if self.download > self.cache_free:
-            what = f"{there} are to be downloaded to {self.cache}, which has {_gb(self.cache_free)}"
+            what = (
+                f"{there} are to be downloaded to {self.cache}, which has {sized(self.cache_free)}"
+            )
             found.append(Finding(f"{what} free", "Let HF_HUB_CACHE name a folder on another disk."))
         return found
 
@@ -93,17 +95,18 @@ class Needs:
         """Return what is short and may still do."""
         found = []
         if self.memory > self.memory_free:
-            what = f"the build takes about {_gb(self.memory)} of memory, "
-            what += f"{_gb(self.memory_free)} are free"
+            what = f"the build takes about {sized(self.memory)} of memory, "
+            what += f"{sized(self.memory_free)} are free"
             fix = "Fewer --threads or --memory make slices smaller; end other programs."
             found.append(Finding(what, fix, warning=True))
         if self.gpu and self.gpu_free is not None and self.gpu > self.gpu_free:
-            what = f"the GPU needs about {_gb(self.gpu)}, {_gb(self.gpu_free)} are free"
+            what = f"the GPU needs about {sized(self.gpu)}, {sized(self.gpu_free)} are free"
             found.append(Finding(what, "Leave --device out to use the CPU.", warning=True))
         return found
 
 
-def _gb(count: int) -> str:
+def sized(count: int) -> str:
+    """Return a number of bytes for people, in GB or MB with two decimals."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
@@ -246,15 +249,14 @@ def needs_table(found: Needs) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("memory", f"about {_gb(found.memory)} of {_gb(found.memory_free)} free")
+    table.add_row("memory", f"about {sized(found.memory)} of {sized(found.memory_free)} free")
     if found.gpu is not None:
-        free = "" if found.gpu_free is None else f" of {_gb(found.gpu_free)} free"
-        table.add_row("GPU", f"about {_gb(found.gpu)}{free}")
-    table.add_row(
-        "disk", f"{_gb(found.disk)} of {_gb(found.disk_free)} free in {escape(str(found.folder))}"
-    )
+        free = "" if found.gpu_free is None else f" of {sized(found.gpu_free)} free"
+        table.add_row("GPU", f"about {sized(found.gpu)}{free}")
+    folder = escape(str(found.folder))
+    table.add_row("disk", f"{sized(found.disk)} of {sized(found.disk_free)} free in {folder}")
     if found.download:
-        free = f"{_gb(found.cache_free)} free in {found.cache}"
-        table.add_row("download", f"{_gb(found.download)} of {escape(free)}")
+        free = f"{sized(found.cache_free)} free in {found.cache}"
+        table.add_row("download", f"{sized(found.download)} of {escape(free)}")
     table.add_row("time", f"about {_time(found.seconds)}, gates and evaluation apart")
     return table

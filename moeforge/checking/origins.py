@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moeforge.errors import Finding, PlanError, nearest
-from moeforge.planners.model import listing
+from moeforge.planners.model import NUMBERED, listing
 from moeforge.plans import (
     ROUTERS,
     Concat,
@@ -28,8 +27,6 @@ from moeforge.sources import lies
 
 if TYPE_CHECKING:
     from rich.tree import Tree
-
-NUMBERED = re.compile(r"^(?P<stem>(?:[^.]+\.)*?)(?P<index>\d+)\.(?P<rest>.+)$")
 
 
 def spans(numbers: Iterable[int]) -> str:

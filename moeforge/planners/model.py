@@ -21,7 +21,8 @@ EMBEDDINGS = "model.embed_tokens.weight"
 TIED = "tied: the model uses its embeddings as head"
 _RECOMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _TABLE = ".relative_attention_bias.weight"
-_LAYER = re.compile(r"^(?P<stem>(?:[^.]+\.)*?)(?P<index>\d+)\.(?P<rest>.+)$")
+NUMBERED = re.compile(r"^(?P<stem>(?:[^.]+\.)*?)(?P<index>\d+)\.(?P<rest>.+)$")
+"""The name of a tensor of a layer: what stands before the layer's number, the number, the rest."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Model:
         Outside the layers it is 0; in a tower of one layer 1, as in mergekit. A model of several
         modules has several towers.
         """
-        match = _LAYER.match(name)
+        match = NUMBERED.match(name)
         count = self._towers.get(match["stem"]) if match else None
         if match is None or count is None:
             return 0.0
@@ -114,7 +115,7 @@ def towers(names: Iterable[str]) -> dict[str, int]:
     """Return the number of layers below each stem that has them: numbered from zero, no gaps."""
     found: dict[str, set[int]] = {}
     for name in names:
-        if match := _LAYER.match(name):
+        if match := NUMBERED.match(name):
             found.setdefault(match["stem"], set()).add(int(match["index"]))
     return {stem: len(i) for stem, i in found.items() if i == set(range(len(i)))}
 
@@ -160,7 +161,7 @@ def from_source(source: Source) -> Model:
 
 def natural(name: str) -> tuple[int, list[tuple[int, int | str]]]:
     """Return a key that sorts embeddings first, layers by number, and the head last."""
-    first = 0 if is_input(name) else 2 if not _LAYER.match(name) else 1
+    first = 0 if is_input(name) else 2 if not NUMBERED.match(name) else 1
     parts: list[tuple[int, int | str]] = [
         (0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")
     ]
@@ -179,7 +180,7 @@ def is_input(name: str) -> bool:
 
     Of a vision tower, what makes patches and the norm of their sum come before.
     """
-    return not _LAYER.match(name) and bool(_INPUT.search(name))
+    return not NUMBERED.match(name) and bool(_INPUT.search(name))
 
 
 def listing(names: Iterable[str], most: int = 3) -> str:
