@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from moeforge.recipe.document import unknown
-from moeforge.recipe.strict import Strict, show, wrong
+from moeforge.recipe.strict import Strict, Written, show, wrong
 
 METHODS = ("logistic", "ridge")
 LABELS = ("owner", "loss")
@@ -34,6 +34,14 @@ def _balance(value: Any) -> Any:
     return tuple(share / sum(numbers) for share in numbers)
 
 
+_LOAD = {
+    "anyOf": [
+        {"type": "number", "minimum": 0, "maximum": 1},
+        {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 1},
+    ]
+}
+
+
 class GateParameters(Strict):
     """How the gate mode `fitted` fits.
 
@@ -50,12 +58,12 @@ class GateParameters(Strict):
             of the load that each expert is to have.
     """
 
-    method: Annotated[str, _word("method", METHODS)] = "logistic"
+    method: Annotated[str, _word("method", METHODS), Written({"enum": [*METHODS]})] = "logistic"
     regularization: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     on_policy: bool | None = None
-    labels: Annotated[str, _word("kind of labels", LABELS)] = "owner"
+    labels: Annotated[str, _word("kind of labels", LABELS), Written({"enum": [*LABELS]})] = "owner"
     data: str | None = None
-    balance: Annotated[Any, BeforeValidator(_balance)] = 0.0
+    balance: Annotated[Any, BeforeValidator(_balance), Written(_LOAD)] = 0.0
 
     @property
     def balanced(self) -> bool:

@@ -20,7 +20,7 @@ from moeforge.recipe.schema import (
     parse_model,
 )
 from moeforge.recipe.selecting import EmbeddingKeys, PromptFileKeys
-from moeforge.recipe.strict import Strict, or_empty, show, wrong
+from moeforge.recipe.strict import Strict, Written, or_empty, show, wrong
 from moeforge.recipe.tuning import Tuning
 
 REMOTE = "remote"
@@ -59,7 +59,12 @@ def _architecture(word: str) -> str:
 
 
 class LayerSource(Strict):
-    """What an expert is in some layers; `layer_range` is [start, end), end exclusive."""
+    """What an expert is in some layers.
+
+    Attributes:
+        model: a path, a Hub id, or a recipe.
+        layer_range: [start, end): the layers that it gives, from 0, the end exclusive.
+    """
 
     model: Model
     layer_range: LayerRange
@@ -73,6 +78,14 @@ def _source(value: Any) -> Any:
     return tuple(LayerSource.model_validate(entry) for entry in value)
 
 
+_PARTS = {
+    "anyOf": [
+        {"$ref": "#/definitions/model"},
+        {"type": "array", "items": {"$ref": "#/definitions/LayerSource"}, "minItems": 1},
+    ]
+}
+
+
 class Expert(PromptFileKeys):
     """A model whose MLPs become one expert in every layer, or several for ranges of layers.
 
@@ -82,13 +95,14 @@ class Expert(PromptFileKeys):
         positive_prompts: texts that should reach this expert.
         negative_prompts: texts that should not.
         residual_scale: factor on the expert's down projection.
+        noise_scale: accepted because mergekit knows it; only 0 is supported.
     """
 
-    source_model: Annotated[Any, BeforeValidator(_source)]
+    source_model: Annotated[Any, BeforeValidator(_source), Written(_PARTS)]
     positive_prompts: tuple[Text, ...] = ()
     negative_prompts: tuple[Text, ...] = ()
     residual_scale: Finite = 1.0
-    noise_scale: Finite = 0.0
+    noise_scale: Annotated[Finite, Written({"const": 0})] = 0.0
 
     @property
     def has_prompts(self) -> bool:
@@ -111,7 +125,13 @@ class Expert(PromptFileKeys):
 
 
 class Every(Strict):
-    """Layers at regular distances: skip_first, skip_first + every, …, below depth - skip_last."""
+    """Layers at regular distances: skip_first, skip_first + every, …, below depth - skip_last.
+
+    Attributes:
+        every: the distance.
+        skip_first: layers at the bottom that are left out.
+        skip_last: layers at the top that are left out.
+    """
 
     every: int = Field(default=1, ge=1)
     skip_first: int = Field(default=0, ge=0)
@@ -136,10 +156,33 @@ def _layers(value: Any) -> Any:
     return tuple(tuple(entry) if isinstance(entry, (list, tuple)) else entry for entry in value)
 
 
+_LAYER = {"type": "integer", "minimum": 0}
+_LAYERS = {
+    "anyOf": [
+        {"const": "all"},
+        {
+            "type": "array",
+            "items": {
+                "anyOf": [_LAYER, {"type": "array", "items": _LAYER, "minItems": 2, "maxItems": 2}]
+            },
+            "minItems": 1,
+        },
+        {"$ref": "#/definitions/Every"},
+    ]
+}
+
+
 class MoeRecipe(Recipe, EmbeddingKeys):
     """A mixture of experts: everything but the MLPs from `base_model`, one MLP per expert.
 
     Attributes:
+        base_model: gives attention, norms, embeddings, config and tokenizer.
+        experts: whose MLPs; each is an expert in every layer that has experts.
+        experts_per_token: experts that each token passes through.
+        architecture: the MoE family of the result; "auto" takes the most portable one that is
+            exact, "remote" brings code of its own. The start of a name will do.
+        gate_mode: how router weights are made.
+        seed: what everything random follows from.
         shared_experts: models whose MLPs every token passes through, beside the chosen experts.
         layers: which layers have experts; the others keep the base's MLP. "all", a list of layer
             numbers and [start, end) ranges, or regular distances.
@@ -152,10 +195,14 @@ class MoeRecipe(Recipe, EmbeddingKeys):
     experts: tuple[Expert, ...] = Field(min_length=1)
     shared_experts: Annotated[tuple[Expert, ...], BeforeValidator(or_no_entries)] = ()
     experts_per_token: int = Field(default=2, ge=1)
-    architecture: Annotated[str, AfterValidator(_architecture)] = "auto"
-    gate_mode: Annotated[str, AfterValidator(_gate_mode)] = "fitted"
+    architecture: Annotated[
+        str, AfterValidator(_architecture), Written({"$ref": "#/definitions/architecture"})
+    ] = "auto"
+    gate_mode: Annotated[
+        str, AfterValidator(_gate_mode), Written({"$ref": "#/definitions/gate_mode"})
+    ] = "fitted"
     gate_parameters: Annotated[GateParameters, BeforeValidator(or_empty)] = GateParameters()
-    layers: Annotated[Any, BeforeValidator(_layers)] = "all"
+    layers: Annotated[Any, BeforeValidator(_layers), Written(_LAYERS)] = "all"
     pad_experts: bool = False
     tune: Tuning | None = None
     seed: Seed = 0

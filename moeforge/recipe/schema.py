@@ -18,7 +18,7 @@ from pydantic import (
 from moeforge import catalog, tensors
 from moeforge.recipe.document import unknown
 from moeforge.recipe.parameters import Parameters
-from moeforge.recipe.strict import Strict, or_empty, or_none, show, wrong
+from moeforge.recipe.strict import Strict, Written, or_empty, or_none, show, wrong
 from moeforge.recipe.vocabulary import VocabularyKeys
 
 # --- where a model may stand ---------------------------------------------------------------------
@@ -46,6 +46,10 @@ def _parse_adapter(value: Any) -> Any:
     return _path_and_revision(value) if isinstance(value, str) else value
 
 
+_ADAPTER = {"$ref": "#/definitions/adapter"}
+_PLACE = {"$ref": "#/definitions/place"}
+
+
 class Reference(Strict):
     """A checkpoint: a local folder or a repository on the Hugging Face Hub.
 
@@ -58,10 +62,10 @@ class Reference(Strict):
         override_architecture: what config.json's `architectures` is taken to say.
     """
 
-    model: Any
+    model: Annotated[Any, Written(_PLACE)]
     revision: str | None = None
     subfolder: str | None = None
-    lora: Annotated[Adapter | None, BeforeValidator(_parse_adapter)] = None
+    lora: Annotated[Adapter | None, BeforeValidator(_parse_adapter), Written(_ADAPTER)] = None
     override_architecture: str | None = None
 
     @model_validator(mode="before")
@@ -134,7 +138,7 @@ def parse_model(value: Any) -> Any:
     raise wrong(f"expected a model (path, Hub id or inline recipe), got {show(value)}")
 
 
-Model = Annotated[Any, BeforeValidator(parse_model)]
+Model = Annotated[Any, BeforeValidator(parse_model), Written({"$ref": "#/definitions/model"})]
 """A `Reference`, or an inline `MergeRecipe`, `StackRecipe` or `ModulesRecipe`."""
 
 
@@ -167,28 +171,53 @@ def or_no_entries(value: Any) -> Any:
     return () if value is None else value
 
 
-MethodName = Annotated[str, AfterValidator(_method)]
-DTypeName = Annotated[str | None, BeforeValidator(or_none), AfterValidator(_dtype)]
+MethodName = Annotated[str, AfterValidator(_method), Written({"$ref": "#/definitions/method"})]
+DTypeName = Annotated[
+    str | None,
+    BeforeValidator(or_none),
+    AfterValidator(_dtype),
+    Written({"$ref": "#/definitions/dtype"}),
+]
 """A dtype of torch, with or without "torch."; None where a recipe says nothing."""
-LayerRange = Annotated[tuple[int, int], BeforeValidator(_range)]
+_LAYER = {"type": ["integer", "boolean", "string"], "pattern": r"^\s*[-+]?\d+(\.0*)?\s*$"}
+"""A number, or what pydantic takes for one, as mergekit does."""
+LayerRange = Annotated[
+    tuple[int, int],
+    BeforeValidator(_range),
+    Written({"type": "array", "items": _LAYER, "minItems": 2, "maxItems": 2}),
+]
 Text = Annotated[str, Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Settings = Annotated[Parameters, BeforeValidator(or_empty)]
+Settings = Annotated[
+    Parameters, BeforeValidator(or_empty), Written({"$ref": "#/definitions/parameters"})
+]
 
 
 # --- merges and stacks ---------------------------------------------------------------------------
 
 
 class MergeInput(Strict):
-    """One entry of `models`."""
+    """One entry of `models`.
+
+    Attributes:
+        model: a path, a Hub id, or a recipe.
+        parameters: values of the method's parameters for this model; they win over all others.
+    """
 
     model: Model
     parameters: Settings = Field(default_factory=dict)
 
 
 class SliceSource(Strict):
-    """One entry of a slice's `sources`; `layer_range` is [start, end), end exclusive."""
+    """One entry of a slice's `sources`.
+
+    Attributes:
+        model: a path, a Hub id, or a recipe.
+        layer_range: [start, end): its layers, from 0, the end exclusive.
+        parameters: values of the method's parameters for this model in this slice; they win over
+            all others.
+    """
 
     model: Model
     layer_range: LayerRange
@@ -200,6 +229,9 @@ class Slice(Strict):
 
     Attributes:
         residual_weight: accepted because mergekit does, and without effect there too.
+        sources: whose layers; several are merged and have equally long ranges.
+        base_model: the base of this slice, in place of the recipe's.
+        parameters: values of the method's parameters in this slice; they win over the recipe's.
     """
 
     residual_weight: float | None = None
@@ -225,6 +257,10 @@ class Combination(Recipe, VocabularyKeys):
     """What merges and stacks share.
 
     Attributes:
+        base_model: the model that methods start from; it gives config and tokenizer. Without one,
+            the first model listed gives them.
+        parameters: values of the method's parameters, where nothing more specific sets them.
+        out_dtype: dtype of the result; wins over `dtype`.
         seed: what random masks follow from. An inline recipe without one has its own masks all the
             same: they follow from the outer recipe's seed and its place there.
     """
@@ -236,21 +272,37 @@ class Combination(Recipe, VocabularyKeys):
 
 
 class MergeRecipe(Combination):
-    """A merge of whole models, tensor by tensor."""
+    """A merge of whole models, tensor by tensor.
+
+    Attributes:
+        merge_method: how tensors are merged.
+        models: what is merged. A `base_model` that is not listed is appended.
+    """
 
     merge_method: MethodName
     models: tuple[MergeInput, ...] = Field(min_length=1)
 
 
 class StackRecipe(Combination):
-    """A stack of layer ranges ("frankenmerge")."""
+    """A stack of layer ranges ("frankenmerge").
+
+    Attributes:
+        slices: the layers of the result, from the first to the last.
+        merge_method: how the sources of one slice are merged.
+    """
 
     slices: tuple[Slice, ...] = Field(min_length=1)
     merge_method: MethodName = "passthrough"
 
 
 class Module(Strict):
-    """What one module of a model of several is made of: `models` or `slices`."""
+    """What one module of a model of several is made of: `models` or `slices`.
+
+    Attributes:
+        models: what is merged, module by module.
+        slices: its layers, from the first to the last.
+        parameters: values of the method's parameters in this module; they win over the recipe's.
+    """
 
     models: Annotated[tuple[MergeInput, ...], BeforeValidator(or_no_entries)] = ()
     slices: Annotated[tuple[Slice, ...], BeforeValidator(or_no_entries)] = ()
@@ -264,7 +316,13 @@ class Module(Strict):
 
 
 class ModulesRecipe(Combination):
-    """A merge that says for each module (text decoder, vision tower, …) how it is made."""
+    """A merge that says for each module (text decoder, vision tower, …) how it is made.
+
+    Attributes:
+        merge_method: how tensors are merged.
+        modules: `text_decoder`, `vision_tower`, …; `default` in a model of one. What is not named
+            comes from the base.
+    """
 
     merge_method: MethodName
     modules: dict[str, Module] = Field(min_length=1)

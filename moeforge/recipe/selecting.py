@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
-from moeforge.recipe.strict import Strict, show, wrong
+from moeforge.recipe.strict import Strict, Written, show, wrong
 
 EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 """What prompts are compared with by default: 90 MB, Apache-2.0, no code of its own.
@@ -38,7 +38,9 @@ class PromptFileKeys(Strict):
     """
 
     prompts_file: str | None = None
-    select: Annotated[int | None, BeforeValidator(_count)] = None
+    select: Annotated[
+        int | None, BeforeValidator(_count), Written({"type": ["integer", "null"], "minimum": 1})
+    ] = None
 
     @field_validator("select")
     @classmethod

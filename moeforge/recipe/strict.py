@@ -5,6 +5,7 @@ Knows pydantic; knows no key of any recipe.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import (
@@ -23,6 +24,20 @@ def wrong(message: str) -> PydanticCustomError:
     """Return the error that a validator raises to say `message`."""
     # Braces would be read as placeholders by pydantic's message templates.
     return PydanticCustomError("recipe", "{message}", {"message": message})
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What a value looks like in a recipe, where its Python type does not say it.
+
+    It stands in annotations beside the validator that takes such values.
+
+    Attributes:
+        schema: JSON Schema; `{"$ref": "#/definitions/…"}` for a definition of
+            `moeforge.recipe.json_schema`.
+    """
+
+    schema: dict[str, Any]
 
 
 def or_none(value: Any) -> Any:

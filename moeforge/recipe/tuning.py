@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from moeforge.errors import Finding
 from moeforge.recipe.schema import Finite, Text, or_no_entries
-from moeforge.recipe.strict import Strict, show, wrong
+from moeforge.recipe.strict import Strict, Written, show, wrong
 
 
 def _share(value: float) -> float:
@@ -36,7 +36,17 @@ def _files(value: Any) -> Any:
     return (value,) if isinstance(value, str) else or_no_entries(value)
 
 
-Files = Annotated[tuple[Text, ...], BeforeValidator(_files)]
+Files = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(_files),
+    Written(
+        {
+            "type": ["string", "array", "null"],
+            "items": {"type": "string", "minLength": 1},
+            "minLength": 1,
+        }
+    ),
+]
 
 
 class Tuning(Strict):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from moeforge.recipe.strict import Strict, or_empty, or_none, show, wrong
+from moeforge.recipe.strict import Strict, Written, or_empty, or_none, show, wrong
 
 
 def _model(value: Any) -> Any:
@@ -42,8 +42,24 @@ def _token_source(value: Any) -> Any:
     return _model(value)
 
 
+_MODEL = {"$ref": "#/definitions/model"}
+_SOURCE = {"anyOf": [{"enum": ["union", "base"]}, _MODEL]}
+_TOKEN_SOURCE = {
+    "anyOf": [
+        _MODEL,
+        {"$ref": "#/definitions/Zero"},
+        {"$ref": "#/definitions/ModelToken"},
+        {"type": "null"},
+    ]
+}
+
+
 class Zero(Strict):
-    """A row of zeros."""
+    """A row of zeros.
+
+    Attributes:
+        kind: "zero".
+    """
 
     kind: Literal["zero"]
 
@@ -59,7 +75,7 @@ class ModelToken(Strict):
     """
 
     kind: Literal["model_token"]
-    model: Annotated[Any, BeforeValidator(_model)]
+    model: Annotated[Any, BeforeValidator(_model), Written(_MODEL)]
     token: str | None = None
     token_id: int | None = Field(default=None, ge=0, validate_default=True)
 
@@ -79,7 +95,7 @@ class TokenSetting(Strict):
         force: use it also in place of the rows of models that have the token.
     """
 
-    source: Annotated[Any, BeforeValidator(_token_source)] = None
+    source: Annotated[Any, BeforeValidator(_token_source), Written(_TOKEN_SOURCE)] = None
     force: bool = False
 
 
@@ -92,7 +108,7 @@ class Tokenizer(Strict):
         pad_to_multiple_of: round the number of rows up to a multiple of this.
     """
 
-    source: Annotated[Any, BeforeValidator(_source)] = "union"
+    source: Annotated[Any, BeforeValidator(_source), Written(_SOURCE)] = "union"
     tokens: Annotated[dict[str, TokenSetting], BeforeValidator(or_empty)] = Field(
         default_factory=dict
     )
@@ -109,7 +125,11 @@ class VocabularyKeys(Strict):
     """
 
     tokenizer: Tokenizer | None = None
-    tokenizer_source: Annotated[Any, BeforeValidator(_optional_source)] = None
+    tokenizer_source: Annotated[
+        Any,
+        BeforeValidator(_optional_source),
+        Written({"anyOf": [*_SOURCE["anyOf"], {"type": "null"}]}),
+    ] = None
     chat_template: Annotated[str | None, BeforeValidator(or_none)] = None
 
     @field_validator("tokenizer_source")
