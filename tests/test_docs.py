@@ -1,62 +1,79 @@
 """The documents: their commands run, their examples plan, their tables name what there is."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
+import shlex
 
 import pytest
+import torch
+from pages import BLOCKS, PAGES, ROOT
+from typer.testing import CliRunner
 
 import moeforge
 from moeforge import catalog
-
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+from moeforge.cli import app
 
 
-def blocks(page, language, marker=""):
-    pattern = rf"{re.escape(marker)}\n```{language}\n(.*?)```"
-    return re.findall(pattern, page.read_text(), re.DOTALL)
-
-
-def yaml_examples():
+def named(found):
     return [
-        pytest.param(text, id=f"{page.name}-{number}")
-        for page in PAGES
-        for number, text in enumerate(blocks(page, "yaml", "<!-- example: plan -->"))
+        pytest.param(block, id=f"{block.page.name}-{number}") for number, block in enumerate(found)
     ]
 
 
-@pytest.mark.parametrize("text", yaml_examples())
-def test_examples_plan(text, tmp_path):
-    (tmp_path / "quickstart").symlink_to(ROOT / "recipes" / "quickstart")
-    (tmp_path / "example.yml").write_text(text)
-    report = moeforge.check(tmp_path / "example.yml")
-    assert not report.errors
-
-
-def test_every_yaml_block_is_an_example():
-    for page in PAGES:
-        every = blocks(page, "yaml")
-        assert len(every) == len(blocks(page, "yaml", "<!-- example: plan -->")), page
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/proof.md"])
-def test_usage_commands_run(page, tmp_path):
-    """Every `moeforge` line of the page's usage block, in a folder with the recipes."""
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder as readers of the documents have it before them."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (block,) = blocks(ROOT / page, "console", "<!-- usage -->")
-    commands = [
-        line[2:].split(" #")[0].strip() for line in block.splitlines() if line.startswith("$")
-    ]
-    assert len(commands) >= 4
-    for command in commands:
-        words = command.split()
-        assert words[0] == "moeforge"
-        run = subprocess.run(
-            [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert run.returncode == 0, f"{command}: {run.stderr}"
+    (tmp_path / "quickstart").symlink_to(ROOT / "recipes" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", named(b for b in BLOCKS if b.language == "yaml"))
+def test_recipes_plan_or_have_the_mistakes_that_they_show(block, here):
+    kind = block.mark.partition(",")[0]
+    assert kind in ("example: plan", "example: error"), f"{block.page.name}:{block.line}: no mark"
+    (here / "example.yml").write_text(block.text)
+    report = moeforge.check(here / "example.yml")
+    assert bool(report.errors) == (kind == "example: error"), report.errors
+
+
+RUN = [page for page in PAGES if any(b.page == page and b.runs for b in BLOCKS)]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_what_a_page_says_to_type_runs(page, here):
+    """From top to bottom, in one folder; what stands below a command is what it prints."""
+    torch.set_num_threads(1)  # more of them wait for each other where others use the cores
+    for block in BLOCKS:
+        if block.page != page:
+            continue
+        where = f"{page.name}:{block.line}"
+        if block.file:
+            (here / block.file).write_text(block.text)
+        if not block.runs:
+            continue
+        if block.language == "python":
+            exec(compile(block.text, where, "exec"), {})
+            continue
+        commands = list(block.commands())
+        assert commands, f"{where}: no line begins with $"
+        for command, wanted in commands:
+            program, *words = shlex.split(command)
+            assert program == "moeforge", f"{where}: {command}"
+            run = CliRunner().invoke(app, words)
+            assert run.exit_code == block.exit_code, f"{where}: {command}\n{run.output}"
+            printed = " ".join(run.output.split())
+            for line in wanted:
+                assert line in printed, f"{where}: {command} does not print {line!r}\n{run.output}"
+
+
+def test_every_command_runs_or_says_why_not():
+    allowed = r"usage(: exit \d)?|not run: .{8,}|quickstart command|test command"
+    for block in BLOCKS:
+        if block.is_command:
+            where = f"{block.page.name}:{block.line} has commands and no mark, see tests/pages.py"
+            assert re.fullmatch(allowed, block.mark), where
 
 
 def test_documents_name_every_entry_of_every_shelf():
@@ -71,9 +88,7 @@ def test_documents_name_every_command_and_flag():
     commands = "build check plan inspect show push eval route tune verify rebuild diff"
     for command in commands.split():
         assert f"moeforge {command}" in text
-        usage = subprocess.run(
-            [sys.executable, "-m", "moeforge", command, "--help"], capture_output=True, text=True
-        ).stdout
+        usage = CliRunner().invoke(app, [*command.split(), "--help"]).output
         for flag in set(re.findall(r"(?<!\w)--[a-z][a-z-]+", usage)) - {"--help"}:
             assert flag in text, f"no page mentions {command} {flag}"
 
