@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moeforge import engine, methods
+from moeforge import engine, kernels, methods
 from moeforge.engine import Settings, buffers, evaluate, writer
 from moeforge.engine.jobs import CHUNK
 from moeforge.methods import REQUIRED, _random, _rank, _task
@@ -76,8 +76,15 @@ def build(method, folder, rows=ROWS):
     return sources, load_file(folder / "model.safetensors")["y"]
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
 @pytest.mark.parametrize("method", READS)
-def test_inputs_are_read_so_often_and_the_output_is_written_once(method, tmp_path, monkeypatch):
+def test_inputs_are_read_so_often_and_the_output_is_written_once(
+    method, compiled, tmp_path, monkeypatch
+):
+    if compiled:
+        if not methods.load(method).kernels:
+            pytest.skip("there is nothing compiled for it")
+        monkeypatch.setattr(kernels, "WORTH", dict.fromkeys(kernels.WORTH, 0))
     written, write = [], writer.OutputFiles.write
 
     def counted(self, shard, data, offset):
@@ -86,6 +93,8 @@ def test_inputs_are_read_so_often_and_the_output_is_written_once(method, tmp_pat
 
     monkeypatch.setattr(writer.OutputFiles, "write", counted)
     sources, _ = build(method, tmp_path / "out")
+    assert kernels.loaded() is compiled
+    kernels.unload()
     for source in sources:
         assert 2 * NUMEL <= source.read_bytes <= READS[method] * 2 * NUMEL
     assert sum(written) == (tmp_path / "out" / "model.safetensors").stat().st_size

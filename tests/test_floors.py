@@ -24,6 +24,7 @@ FLOORS = [
         "finite",
         "hashes",
         "ranks",
+        "kernels",
     },
     {"recipe", "plans", "sources", "forward", "module_weights", "routing"},
     {"methods", "families", "gates"},
@@ -46,6 +47,7 @@ FLOORS = [
         "proof_tables",
         "forge",
         "rebuilding",
+        "starter",
     },
     {"cli", "__main__"},
 ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeforge import methods
+from moeforge import kernels, methods
 from moeforge import workers as threads
 from moeforge.engine import processes
 from moeforge.engine.fetch import Fetcher
@@ -50,6 +50,8 @@ BAND = 2**22
 """Elements of a transposed matrix that a worker holds, or a row of it where that is more."""
 INTERPRETER = 280_000_000
 """Bytes that Python and torch take before any work, measured; see docs/performance.md."""
+COMPILER = 130_000_000
+"""Bytes that numba takes where compiled arithmetic is loaded, measured."""
 COPY_INTERPRETER = 60_000_000
 """The same where everything is copied and torch is never imported."""
 PER_TENSOR = 1300
@@ -122,6 +124,22 @@ def is_copy_only(plan: Plan) -> bool:
     return plan.bytes_copied == plan.nbytes
 
 
+def _kernels(plan: Plan, settings: Settings) -> set[str]:
+    """Return the files of kernels that computing `plan` gains from; empty where that is too little.
+
+    As if nothing of it were there yet.
+    """
+    elements: dict[str, int] = dict.fromkeys(kernels.WORTH, 0)
+    for tensor in plan.tensors if settings.device == "cpu" else ():
+        parts = list(walk(tensor.expr))
+        merges = (methods.load(part.method) for part in parts if isinstance(part, Merge))
+        read = tensor.spec.numel * sum(isinstance(part, Read) for part in parts)
+        for name in {name for method in merges for name in method.kernels}:
+            elements[name] += read
+    worth = any(elements[name] >= least for name, least in kernels.WORTH.items())
+    return {name for name, count in elements.items() if count and worth}
+
+
 def peak_memory(plan: Plan, settings: Settings, slice_elements: int | None = None) -> int:
     """Return an estimate of the engine's peak memory in bytes, the interpreter included."""
     read = sum(len(source.specs()) for source in plan.sources.values())
@@ -136,7 +154,8 @@ def peak_memory(plan: Plan, settings: Settings, slice_elements: int | None = Non
     # Results in 8 bytes per element at most, as many temporaries of a method, one raw output; and
     # of each input what is read at a time.
     per_worker = (2 * max(buffers, 1) + 2) * 8 * size + reads * WINDOW + bands + choices
-    return INTERPRETER + planned + settings.workers * per_worker
+    compiler = COMPILER if _kernels(plan, settings) else 0
+    return INTERPRETER + compiler + planned + settings.workers * per_worker
 
 
 def run(
@@ -249,6 +268,9 @@ def _do(
     from moeforge.engine.evaluate import Evaluator
 
     size = settings.slice_for(plan)
+    if names := _kernels(plan, settings):
+        specs = (spec for source in plan.sources.values() for spec in source.specs().values())
+        kernels.load(names, narrow=any(spec.dtype.name == "bfloat16" for spec in specs))
 
     def make_state() -> Evaluator:
         return Evaluator(plan, size, settings.device)

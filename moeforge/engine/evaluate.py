@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moeforge import methods
+from moeforge import kernels, methods
 from moeforge.engine import WINDOW, reshape, rows
 from moeforge.engine.buffers import Buffer, Window
-from moeforge.methods import BLOCK, Place, Scan
+from moeforge.methods import BLOCK, PADDING, Place, Scan
 from moeforge.plans import (
     Affine,
     Columns,
@@ -32,7 +32,7 @@ from moeforge.plans import (
     Transpose,
     walk,
 )
-from moeforge.tensors import DType
+from moeforge.tensors import BY_NAME, DType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 _MOVES = (Gather, Rows, Columns, Transpose)
 """Expressions whose elements do not lie where those of their inputs do."""
-_PADDING = 112
-"""Elements between the rows of inputs."""
 
 Stats = Mapping[int, Any]
 """What is known of whole tensors, by id of the expression."""
@@ -200,7 +198,7 @@ class Evaluator:
         with torch.inference_mode():
             for begin, length in self.slices(node, start, count):
                 mark = self._used
-                tensors = self._inputs(node.inputs, torch_dtype(working), whole, begin, length)
+                tensors = self._inputs(node, torch_dtype(working), whole, begin, length)
                 found.append(scan.look(tensors, Place(shape, begin)))
                 self._used = mark
             return scan.join(found)
@@ -240,15 +238,33 @@ class Evaluator:
         return self._pool[self._used - 1].tensor(dtype, count)
 
     def _inputs(
-        self, exprs: Sequence[Expr], working: torch.dtype, whole: Whole, start: int, count: int
+        self, node: Merge, working: torch.dtype, whole: Whole, start: int, count: int
     ) -> Tensor:
-        """Return elements [start, start + count) of each of `exprs`, [inputs, count]."""
-        # Rows a power of two apart would share the same few lines of the cache.
-        stride = count + _PADDING
+        """Return elements [start, start + count) of each input of `node`, [inputs, count]."""
+        exprs = node.inputs
+        if self._taken_as_stored(node, working):
+            tensors = self._take(torch.bfloat16, len(exprs) * count).view(len(exprs), count)
+            for row, expr in zip(tensors, exprs, strict=True):
+                assert isinstance(expr, Read)
+                data = memoryview(row.view(torch.uint8).numpy())
+                self.plan.sources[expr.source].read(expr.name, start * 2, data)
+            return tensors
+        # Rows a power of two apart would share the same few lines of the cache; kernels, which
+        # want them one after the other, look at little of each at a time.
+        stride = count + (0 if kernels.loaded() else PADDING)
         tensors = self._take(working, len(exprs) * stride).view(len(exprs), stride)[:, :count]
         for row, expr in zip(tensors, exprs, strict=True):
             self.fill(expr, working, whole, start, row)
         return tensors
+
+    def _taken_as_stored(self, node: Merge, working: torch.dtype) -> bool:
+        """Say whether the method takes its inputs in bfloat16, which all of them are stored in."""
+        if not kernels.loaded() or self._device.type != "cpu" or working != torch.float32:
+            return False
+        if not methods.load(node.method).kernels:
+            return False
+        stored = BY_NAME["bfloat16"]
+        return all(isinstance(e, Read) and self._stored(e) == stored for e in node.inputs)
 
     def fill(self, expr: Expr, working: torch.dtype, whole: Whole, start: int, out: Tensor) -> None:
         """Put elements of `expr` from `start` on into `out`, computed in dtype `working`."""
@@ -288,7 +304,7 @@ class Evaluator:
             lead = start % place.row
             count = -(-(lead + count) // place.row) * place.row
             place = Place(place.shape, start - lead)
-        tensors = self._inputs(node.inputs, working, whole, place.start, count)
+        tensors = self._inputs(node, working, whole, place.start, count)
         merged = method.merge(tensors, dict(node.params), whole.stats.get(id(node)), place)
         out.copy_(merged[lead : lead + out.numel()])
 

@@ -25,6 +25,8 @@ RUN = 2**8
 """Elements per run of a sample."""
 CHUNK = 2**22
 """Elements per chunk, about: what a worker takes at a time."""
+PADDING = 112
+"""Elements between rows whose lengths are powers of two, or near them."""
 HELD = 2**28
 """Bits of one tensor's random choices that a worker holds from measuring to merging, at most."""
 
@@ -122,6 +124,8 @@ class Method:
             "non_base" parameter is None); "none": a base is an ordinary input.
         measure: (params, place) -> what must be known of the whole tensor first; None for nothing.
         rows: (params) -> whether slices must be made of whole rows, along the last dimension.
+        kernels: files of `kernels` that it uses; where there are some and they are loaded, it may
+            be handed rows in bfloat16 as they are stored, and widens them itself.
         multiplies: whether it has BLAS multiply, which not every process may, see `workers`.
         random: whether `params` gets a "key", which random draws follow from.
         check: (params) -> what is wrong with these values together, or an empty string.
@@ -135,6 +139,7 @@ class Method:
     base: Literal["required", "optional", "none"] = "none"
     measure: Callable[[Params, Place], Measurement] | None = None
     rows: Callable[[Params], bool] = lambda params: False
+    kernels: tuple[str, ...] = ()
     multiplies: bool = False
     random: bool = False
     check: Callable[[Params], str] | None = None

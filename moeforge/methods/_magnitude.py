@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moeforge import kernels
 from moeforge.methods import Measurement, Params, Place
-from moeforge.methods._select import cuts
+from moeforge.methods._select import Cut, cuts
 from moeforge.methods._task import deltas, densities
 
 if TYPE_CHECKING:
@@ -26,6 +27,15 @@ def find_cuts(
     sparse = [i for i, share in enumerate(densities(params)) if share < 1]
 
     def magnitudes(tensors: Tensor, here: Place) -> Tensor:
+        if (matrix := kernels.matrix(tensors)) is not None:
+            import numpy as np
+            import torch
+
+            from moeforge.kernels.differences import magnitudes as compiled
+
+            found = torch.empty(len(sparse), matrix.shape[1])
+            compiled(matrix, np.array(sparse, np.int64) + 1, found.numpy())
+            return found
         parts = deltas(tensors).abs_()
         return parts if len(sparse) == len(parts) else parts[sparse]
 
@@ -38,6 +48,17 @@ def trim(index: int, delta: Tensor, params: Params, found: Any, place: Place) ->
     """Keep the largest share `density` of a delta; at least one element if it is above zero."""
     (cut,) = found[index]
     cut.trim(delta, place.start)
+
+
+def small(index: int, found: Any, place: Place) -> tuple[Cut | None, Cut | None]:
+    """Return the cut of `trim`."""
+    return found[index][0], None
+
+
+def window(index: int, found: Any, place: Place) -> tuple[Cut | None, Cut | None]:
+    """Return the two cuts of `drop_outliers`."""
+    inner, outer = found[index]
+    return inner, outer
 
 
 def find_largest(params: Params, place: Place) -> Measurement:

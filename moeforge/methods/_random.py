@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+from moeforge import kernels
 from moeforge.methods import Params, Place
 from moeforge.methods._task import densities
 
@@ -31,6 +32,12 @@ def draws(key: int, start: int, count: int) -> Any:
     """Return the draws of elements [start, start + count): a numpy array of int16, uniform."""
     import numpy as np
 
+    if kernels.loaded():
+        from moeforge.kernels.drawing import draws as compiled
+
+        out = np.empty(count, np.int16)
+        compiled(np.uint64(key), start, out)
+        return out
     first = start // 4
     words = np.arange(first, (start + count + 3) // 4, dtype=np.uint64)
     words *= np.uint64(_GOLDEN)

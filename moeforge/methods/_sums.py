@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from moeforge import kernels
 from moeforge.methods import BLOCK, Measurement, Place, Scan
 
 if TYPE_CHECKING:
@@ -15,6 +16,24 @@ if TYPE_CHECKING:
 def blocks(tensors: Tensor) -> Iterable[Tensor]:
     """Return the blocks [inputs, elements] of slices that begin at a block's start."""
     return tensors.split(BLOCK, dim=-1)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def weighted(tensors: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return Σ wᵢ·xᵢ, added up in order, every product and sum rounded; overwrites `tensors`."""
+    import numpy as np
+    import torch
+
+    if (matrix := kernels.matrix(tensors)) is not None:
+        from moeforge.kernels.sums import weighted as compiled
+
+        out = torch.empty(matrix.shape[1])
+        compiled(matrix, np.array(weights, np.float32), out.numpy())
+        return out
+    # Not add_(…, alpha): whether that rounds the product depends on the processor.
+    result = tensors[0].mul_(weights[0])
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        result.add_(tensor.mul_(weight))
+    return result
 
 
 def absolute(tensors: Tensor) -> list[list[float]]:

@@ -11,16 +11,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moeforge.methods import HELD, REQUIRED, Measurement, Method, Param, Params, Place, Scan
+from moeforge import kernels
+from moeforge.methods import (
+    HELD,
+    PADDING,
+    REQUIRED,
+    Measurement,
+    Method,
+    Param,
+    Params,
+    Place,
+    Scan,
+)
 from moeforge.methods._sums import absolute, add_up
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moeforge.methods._select import Cut
+
 Sparsify = Callable[[int, "Tensor", Params, Any, Place], None]
 """(index among the models that are not the base, delta, params, what `find` returned, place): sets
 small or unlucky elements of the delta to zero."""
 Find = Callable[[Params, Place], Measurement]
+Bounds = Callable[[int, Any, Place], "tuple[Cut | None, Cut | None]"]
+"""(index among the models that are not the base, what `find` returned, place): the cut below which
+elements become zero, and that above which they do; None for no such cut."""
 Kept = dict[tuple[int, int], Any]
 
 
@@ -44,13 +60,29 @@ _TINY = 1e-7
 """Sums of magnitudes below this are not rescaled, as in mergekit."""
 
 
+_LEAST = 1e-8
+"""Sums of weights smaller than this are not divided by, as in mergekit."""
+
+
 def densities(params: Params) -> tuple[float, ...]:
     """Return the density of each model that is not the base."""
     return tuple(params["density"][1:])
 
 
 def deltas(tensors: Tensor) -> Tensor:
-    """Return the differences from the first of `tensors` [inputs, elements], in their memory."""
+    """Return the differences from the first of `tensors` [inputs, elements].
+
+    In their memory, or in float32 in memory of its own where they are stored in bfloat16.
+    """
+    import torch
+
+    if tensors.dtype == torch.bfloat16:
+        from moeforge.kernels.differences import deltas as compiled
+
+        # Rows a power of two apart would share the same few lines of the cache.
+        parts = torch.empty(len(tensors) - 1, tensors.shape[1] + PADDING)
+        compiled(kernels.matrix(tensors), parts.numpy())
+        return parts[:, : tensors.shape[1]]
     return tensors[1:].sub_(tensors[0])
 
 
@@ -64,14 +96,14 @@ def added(parts: Tensor) -> Tensor:
     return result
 
 
-_FEW = 4
+FEW = 4
 """Parts up to which torch adds up the first dimension in their order, in every element."""
 
 
 def summed(parts: Tensor) -> Tensor:
     """Return what parts.sum(0) gives, to the bit, several times faster for few parts."""
     # Zeros that are all negative have a positive sum there.
-    return added(parts).add_(0.0) if len(parts) <= _FEW else parts.sum(0)
+    return added(parts).add_(0.0) if len(parts) <= FEW else parts.sum(0)
 
 
 _TINIEST = 2.0**-126
@@ -113,7 +145,7 @@ def elect(parts: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor
 def _sum(parts: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor:
     result = added(parts)
     divisor = sum(weights)
-    return result.div_(divisor) if normalize and abs(divisor) >= 1e-8 else result
+    return result.div_(divisor) if normalize and abs(divisor) >= _LEAST else result
 
 
 def _keep(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
@@ -138,6 +170,65 @@ def _keep_packed(parts: Tensor, bits: Any) -> None:
         np.multiply(values, np.unpackbits(row, count=len(values)).view(np.bool_), out=values)
 
 
+def _no_bounds(index: int, found: Any, place: Place) -> tuple[Cut | None, Cut | None]:
+    return None, None
+
+
+def _merged(
+    matrix: Any,
+    params: Params,
+    stats: Stats,
+    place: Place,
+    *,
+    bounds: Bounds,
+    bits: Any,
+    consensus: bool,
+) -> Tensor:
+    """Return what `merge` returns, by the compiled kernel.
+
+    Args:
+        matrix: base and models, as `kernels.matrix` gives them.
+        params: the method's.
+        stats: as of `merge`.
+        place: where the elements lie.
+        bounds: the sparsifier's.
+        bits: which elements are kept, packed; or None.
+        consensus: elect signs.
+    """
+    import numpy as np
+    import torch
+
+    from moeforge.kernels.differences import task
+
+    models, count = len(matrix) - 1, matrix.shape[1]
+    weights, divisor = params["weight"][1:], sum(params["weight"][1:])
+    divides = params["normalize"] and abs(divisor) >= _LEAST
+    borders = np.zeros((models, 2), np.int64)
+    values = np.empty((models, 2, 2), np.float32)
+    values[:, 0], values[:, 1] = -1.0, np.inf
+    outliers = False
+    for i, share in enumerate(densities(params)):
+        cuts = bounds(i, stats.found, place) if share < 1 else (None, None)
+        outliers = outliers or cuts[1] is not None
+        for which, cut in enumerate(cuts):
+            if cut is not None:
+                borders[i, which] = cut.last + 1 - place.start
+                # Up to the border an element as large as the value belongs, beyond it it does not.
+                below = np.nextafter(np.float32(cut.value), np.float32(0.0)) if cut.value else -1.0
+                values[i, which] = below, cut.value
+    kept = np.empty((0, 0), np.uint8) if bits is None else np.unpackbits(bits, 1, count)
+    out = torch.empty(count)
+    task(
+        *(matrix, borders, values, outliers, kept),
+        np.array([w * f for w, f in zip(weights, stats.factors, strict=True)], np.float32),
+        *(np.array(weights, np.float32), consensus, bool(params["normalize"])),
+        len(set(weights)) == 1,
+        np.float32(1.0 if consensus or not divides else divisor),
+        *(np.float32(params["lambda"]), out.numpy()),
+    )
+    return out
+
+
 def _nothing(params: Params, place: Place) -> Measurement:
     return None
     yield  # a generator without scans
@@ -149,6 +240,7 @@ def task_method(
     *,
     sparsify: Sparsify = _keep,
     find: Find = _nothing,
+    bounds: Bounds | None = None,
     consensus: bool = False,
     normalize: bool = False,
     rescale: bool = False,
@@ -164,6 +256,7 @@ def task_method(
         paper: where it comes from.
         sparsify: what becomes of a delta whose density is below one.
         find: what the sparsifier must know first.
+        bounds: what the sparsifier does, as cuts; None if it does it otherwise.
         consensus: elect signs.
         normalize: default of the parameter: divide by the sum of weights.
         rescale: default of the parameter: give the kept elements the L1 norm of all.
@@ -210,8 +303,15 @@ def task_method(
 
     def merge(tensors: Tensor, params: Params, stats: Stats, place: Place) -> Tensor:
         weights = params["weight"][1:]
-        parts = deltas(tensors)
-        if (bits := stats.kept.get((place.start, parts.shape[1]))) is not None:
+        bits = stats.kept.get((place.start, tensors.shape[1]))
+        known = bits is not None or bounds is not None or min(densities(params)) >= 1
+        if known and (matrix := kernels.matrix(tensors)) is not None:
+            by = bounds if bits is None and bounds is not None else _no_bounds
+            return _merged(
+                *(matrix, params, stats, place), bounds=by, bits=bits, consensus=consensus
+            )
+        parts, base = deltas(tensors), tensors[0]
+        if bits is not None:
             _keep_packed(parts, bits)
         else:
             sparsified(parts, params, stats.found, place)
@@ -220,7 +320,9 @@ def task_method(
                 part.mul_(weight * factor)
         combine = elect if consensus else _sum
         result = combine(parts, weights, normalize=params["normalize"])
-        return tensors[0].add_(result, alpha=params["lambda"])
+        if params["lambda"] != 1.0:  # rounded before it is added, whatever the processor
+            result.mul_(params["lambda"])
+        return result.add_(base)
 
     return Method(
         title=title,
@@ -236,6 +338,7 @@ def task_method(
         },
         inputs=(1, None),
         base="required",
+        kernels=("differences", "drawing") if random else ("differences",),
         measure=measure,
         rows=lambda params: rows and any(share < 1 for share in densities(params)),
         random=random,

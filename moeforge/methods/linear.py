@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moeforge.methods import REQUIRED, Method, Param, Params, Place
+from moeforge.methods._sums import weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +21,7 @@ def check(params: Params) -> str:
 def merge(tensors: Tensor, params: Params, stats: Any, place: Place) -> Tensor:
     """Return Σ wᵢ·xᵢ; with `normalize`, the weights are first divided by their sum."""
     divisor = sum(params["weight"]) if params["normalize"] else 1.0
-    first, *others = (weight / divisor for weight in params["weight"])
-    total = tensors[0].mul_(first)
-    for tensor, weight in zip(tensors[1:], others, strict=True):
-        total.add_(tensor, alpha=weight)
-    return total
+    return weighted(tensors, [weight / divisor for weight in params["weight"]])
 
 
 METHOD = Method(
@@ -35,6 +32,7 @@ METHOD = Method(
         "normalize": Param(bool, True),
     },
     inputs=(1, None),
+    kernels=("sums",),
     check=check,
     paper="https://arxiv.org/abs/2203.05482",
 )

@@ -51,10 +51,10 @@ def merge(tensors: Tensor, params: Params, stats: float | None, place: Place) ->
     if stats is None:
         rows_KRC = differences.reshape(len(differences), -1, place.row).double()
         each = ratio(torch.einsum("irc,jrc->ijr", rows_KRC, rows_KRC).cpu())
-        t: Any = each.to(base).repeat_interleave(place.row)
+        t: Any = each.to(differences).repeat_interleave(place.row)
     else:
         t = stats
-    return base.add_(summed(differences).mul_(t / len(differences)))
+    return summed(differences).mul_(t / len(differences)).add_(base)
 
 
 METHOD = Method(
@@ -64,6 +64,7 @@ METHOD = Method(
     inputs=(3, None),
     base="required",
     measure=measure,
+    kernels=("differences",),
     multiplies=True,
     rows=lambda params: bool(params["filter_wise"]),
     paper="https://arxiv.org/abs/2403.19522",

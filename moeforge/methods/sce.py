@@ -9,16 +9,35 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
+from moeforge import kernels
 from moeforge.methods import Measurement, Method, Param, Params, Place, Scan
 from moeforge.methods._select import Cut, cuts
 from moeforge.methods._sums import blocks, total
-from moeforge.methods._task import deltas, majority, summed
+from moeforge.methods._task import FEW, deltas, majority, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _TINY = 1e-6
 """A sum of energies, or of weights, below this counts as zero."""
+
+
+def _matrix(tensors: Tensor) -> Any:
+    """Return `tensors` for the kernels, or None; they add up few models only as torch does."""
+    return kernels.matrix(tensors) if len(tensors) - 1 <= FEW else None
+
+
+def _variances(tensors: Tensor) -> Tensor:
+    """Return the variance of the differences from the first of `tensors` [inputs, elements]."""
+    import torch
+
+    if (matrix := _matrix(tensors)) is None:
+        return variance(deltas(tensors))
+    from moeforge.kernels.varying import variances
+
+    out = torch.empty(matrix.shape[1])
+    variances(matrix, out.numpy())
+    return out
 
 
 def variance(parts: Tensor) -> Tensor:
@@ -33,16 +52,25 @@ def _find_cut(share: float, place: Place) -> Measurement:
 
     def count(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
         # Counting bools is several times faster than counting floats.
-        return [(float(np.count_nonzero((variance(deltas(tensors)) != 0.0).cpu().numpy())),)]
+        return [(float(np.count_nonzero((_variances(tensors) != 0.0).cpu().numpy())),)]
 
     (varying,) = yield from total(count)
     # In float32, as mergekit: of 100 elements a share of 0.29 is 29, not 28.
     wanted = int(np.float32(varying) * np.float32(max(share, 0.0)))
-    found = yield from cuts(lambda t, here: variance(deltas(t))[None], [[wanted]], place)
+    found = yield from cuts(lambda t, here: _variances(t)[None], [[wanted]], place)
     return found[0][0]
 
 
 def _selected(tensors: Tensor, cut: Cut | None, place: Place) -> Tensor:
+    if cut is not None and (matrix := _matrix(tensors)) is not None:
+        import numpy as np
+        import torch
+
+        from moeforge.kernels.varying import selected
+
+        out = torch.empty(len(matrix) - 1, matrix.shape[1])
+        selected(matrix, np.float32(cut.value), cut.last + 1 - place.start, out.numpy())
+        return out
     parts = deltas(tensors)
     return parts if cut is None else parts.mul_(cut(variance(parts), place.start))
 
@@ -71,13 +99,23 @@ def merge(tensors: Tensor, params: Params, stats: tuple[Any, ...], place: Place)
     import torch
 
     cut, weights = stats
-    parts = _selected(tensors, cut, place)
+    if (matrix := _matrix(tensors)) is not None:
+        import numpy as np
+
+        from moeforge.kernels.varying import sce
+
+        out = torch.empty(matrix.shape[1])
+        limits = (np.float32(cut.value), cut.last + 1 - place.start) if cut else (np.float32(0), 0)
+        shares = np.array(weights, np.float32)
+        sce(matrix, *limits, shares, np.float32(_TINY), cut is None, out.numpy())
+        return out
+    base, parts = tensors[0], _selected(tensors, cut, place)
     sign = majority(parts)
     agreeing = parts.mul_(sign).clamp_(min=0.0)
     weight = torch.tensor(weights, dtype=parts.dtype, device=parts.device)[:, None]
     result = summed(agreeing * weight)
     divisor = summed(agreeing.sign_().mul_(weight)).clamp_(min=_TINY)
-    return tensors[0].addcmul_(result, sign.div_(divisor))
+    return result.mul_(sign.div_(divisor)).add_(base)
 
 
 METHOD = Method(
@@ -86,6 +124,7 @@ METHOD = Method(
     params={"select_topk": Param(float, 1.0), "int8_mask": Param(bool, False, unused=True)},
     inputs=(1, None),
     base="required",
+    kernels=("differences", "varying"),
     measure=measure,
     paper="https://arxiv.org/abs/2408.07990",
 )

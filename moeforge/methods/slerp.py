@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from moeforge.methods import REQUIRED, Measurement, Method, Param, Params, Place
-from moeforge.methods._sums import blocks, total
+from moeforge.methods._sums import blocks, total, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,8 @@ def _sums(tensors: Tensor, place: Place) -> list[tuple[float, ...]]:
 
     A block's sums are in float32, good to some 1e-7; blocks are added up exactly.
     """
-    return [(float(a.dot(a)), float(b.dot(b)), float(a.dot(b))) for a, b in blocks(tensors)]
+    found = blocks(tensors.float() if tensors.element_size() == 2 else tensors)
+    return [(float(a.dot(a)), float(b.dot(b)), float(a.dot(b))) for a, b in found]
 
 
 def measure(params: Params, place: Place) -> Measurement:
@@ -49,8 +50,7 @@ def coefficients(t: float, sums: tuple[float, ...]) -> tuple[float, float]:
 
 def merge(tensors: Tensor, params: Params, stats: tuple[float, float], place: Place) -> Tensor:
     """Return factor_a · a + factor_b · b."""
-    factor_a, factor_b = stats
-    return tensors[0].mul_(factor_a).add_(tensors[1], alpha=factor_b)
+    return weighted(tensors, stats)
 
 
 METHOD = Method(
@@ -58,6 +58,7 @@ METHOD = Method(
     merge=merge,
     params={"t": Param(float, REQUIRED)},
     inputs=(2, 2),
+    kernels=("sums",),
     base="required",
     measure=measure,
     multiplies=True,

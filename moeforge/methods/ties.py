@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeforge.methods._magnitude import find_largest, trim
+from moeforge.methods._magnitude import find_largest, small, trim
 from moeforge.methods._task import task_method
 
 METHOD = task_method(
@@ -10,6 +10,7 @@ METHOD = task_method(
     "https://arxiv.org/abs/2306.01708",
     sparsify=trim,
     find=find_largest,
+    bounds=small,
     consensus=True,
     normalize=True,
 )

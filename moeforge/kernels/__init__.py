@@ -1,0 +1,71 @@
+"""Owns compiled arithmetic: the merges that people use most, each in one pass through the cache.
+
+What is compiled gives the bits that the torch code beside it gives: the same operations on the same
+numbers in the same order, each rounded once, no product and sum contracted into one rounding. So it
+is a matter of speed alone, and where numba is missing, or an input is of another kind, torch does
+the work. Compiling takes some seconds once; numba keeps the result beside the package, or in the
+user's cache where it may not write there. For merges that are done sooner numba is not imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WORTH = {"sums": 2**33, "differences": 2**30, "drawing": 2**30, "varying": 2**30}
+"""For each file here, elements of all inputs from which on a build gains more than the half second
+that numba takes to load."""
+
+_loaded = False
+
+
+def load(names: Iterable[str], *, narrow: bool) -> bool:
+    """Have the methods use compiled arithmetic from now on, also in processes forked later.
+
+    Args:
+        names: files of this folder that will be used.
+        narrow: matrices will be of bfloat16, not of float32.
+
+    Returns:
+        Whether they do: False where numba is not installed or cannot be used.
+    """
+    global _loaded
+    try:
+        import numpy as np
+
+        for name in sorted(set(names)):
+            importlib.import_module(f"{__name__}.{name}").warm(np.uint16 if narrow else np.float32)
+    except Exception:  # numba refuses by many errors: its own, numpy's version, no folder
+        return False
+    _loaded = True
+    return True
+
+
+def unload() -> None:
+    """Have the methods use torch alone."""
+    global _loaded
+    _loaded = False
+
+
+def loaded() -> bool:
+    """Say whether the methods use compiled arithmetic."""
+    return _loaded
+
+
+def matrix(tensors: Tensor) -> Any:
+    """Return `tensors` [inputs, elements] as compiled functions take them, or None.
+
+    bfloat16 as uint16, float32 as float32, sharing memory. None where nothing compiled is loaded,
+    for other dtypes, and on other devices than the CPU.
+    """
+    import torch
+
+    if not _loaded or tensors.device.type != "cpu" or not tensors.is_contiguous():
+        return None
+    if tensors.dtype == torch.bfloat16:
+        return tensors.view(torch.uint16).numpy()
+    return tensors.numpy() if tensors.dtype == torch.float32 else None

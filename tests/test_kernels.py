@@ -1,0 +1,169 @@
+"""Compiled arithmetic: the same bits as torch's, for every method that has some."""
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moeforge import catalog, engine, kernels, methods
+from moeforge.engine import Settings, processes
+from moeforge.output.layout import lay_out
+from moeforge.plans import Merge, Plan, PlannedTensor, Read
+from moeforge.sources.memory import MemorySource
+from moeforge.tensors import BY_NAME, TensorSpec
+
+THREE = {"weight": (None, 1.0, 1.0, 1.0), "density": (None, 0.5, 0.3, 0.5), "lambda": 1.0}
+UNEQUAL = {**THREE, "weight": (None, 0.3, 0.5, -0.7), "density": (None, 0.5, 1.0, 0.0)}
+DRAWN = {"normalize": False, "rescale": True, "key": 7}
+GAMMA = {"gamma": (None, 0.01, 0.1, 0.0), "normalize": False, "rescale": False}
+CASES = [
+    ("linear", {"weight": (0.5, 0.2, 0.1, 0.2), "normalize": True}),
+    ("linear", {"weight": (1.0, -0.4, 0.1, 0.2), "normalize": False}),
+    ("slerp", {"t": 0.4}),
+    ("task_arithmetic", {**THREE, "normalize": False, "rescale": False}),
+    ("task_arithmetic", {**UNEQUAL, "normalize": True, "rescale": False, "lambda": 0.7}),
+    ("ties", {**THREE, "normalize": True, "rescale": False}),
+    ("ties", {**UNEQUAL, "normalize": True, "rescale": True, "lambda": 0.7}),
+    ("ties", {**UNEQUAL, "normalize": False, "rescale": False}),
+    ("dare_ties", {**THREE, **DRAWN}),
+    ("dare_ties", {**UNEQUAL, **DRAWN, "rescale": False}),
+    ("dare_linear", {**UNEQUAL, **DRAWN, "normalize": True}),
+    ("breadcrumbs", {**THREE, **GAMMA}),
+    ("breadcrumbs_ties", {**UNEQUAL, **GAMMA, "normalize": True}),
+    ("della", {**THREE, **DRAWN, "epsilon": (None, 0.1, 0.2, 0.1)}),
+    ("della_linear", {**THREE, **DRAWN, "epsilon": (None, 0.1, 0.2, 0.1)}),
+    ("model_stock", {"filter_wise": False}),
+    ("model_stock", {"filter_wise": True}),
+    ("sce", {"select_topk": 0.2}),
+    ("sce", {"select_topk": 1.0}),
+]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Sort only the smallest tensors, so that thresholds are looked for by passes."""
+    from moeforge.methods import _select
+
+    monkeypatch.setattr(_select, "SMALL", 2**12)
+
+
+@pytest.fixture(autouse=True)
+def unloaded():
+    yield
+    kernels.unload()
+
+
+def models(shape, dtype):
+    """A base and three fine-tunes: rows of several scales, zeros of both signs, a row untouched."""
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(shape, generator=generator) * 0.02
+    base[0, ::3], base[1, ::2] = 0.0, -0.0
+    scales = torch.rand(shape[0], 1, generator=generator) * 0.003
+    found = [base]
+    for _ in range(3):
+        tune = base + torch.randn(shape, generator=generator) * scales
+        tune[0, ::2], tune[2] = -0.0, base[2]
+        found.append(tune)
+    return [tensor.to(dtype) for tensor in found]
+
+
+def plan_of(word, params, inputs):
+    name = str(inputs[0].dtype).removeprefix("torch.")
+    spec = TensorSpec(BY_NAME[name], tuple(inputs[0].shape))
+    count = 2 if word == "slerp" else len(inputs)
+    sources = {
+        str(i): MemorySource(
+            str(i), {"x": (spec, tensor.flatten().view(torch.uint8).numpy().tobytes())}
+        )
+        for i, tensor in enumerate(inputs[:count])
+    }
+    reads = tuple(Read(key, "x") for key in sources)
+    tensors = [
+        PlannedTensor(f"y{i}", spec, Merge(word, reads, tuple(params.items()))) for i in range(2)
+    ]
+    return Plan("merge", tuple(tensors), {}, sources, sources["0"])
+
+
+def built(plan, folder, settings=None):
+    folder.mkdir()
+    engine.run(plan, lay_out(plan.tensors), folder, settings or Settings(1, 2**16))
+    return load_file(folder / "model.safetensors")
+
+
+def bits(tensor):
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("word", "params"), CASES)
+def test_they_give_the_bits_of_torch(quick, tmp_path, monkeypatch, word, params, dtype):
+    plan = plan_of(word, params, models((37, 2051), dtype))
+    by_torch = built(plan, tmp_path / "torch")
+    monkeypatch.setattr(kernels, "WORTH", dict.fromkeys(kernels.WORTH, 0))
+    by_kernels = built(plan, tmp_path / "kernels")
+    assert kernels.loaded()
+    for name, tensor in by_torch.items():
+        assert torch.equal(bits(tensor), bits(by_kernels[name]))
+
+
+def test_every_method_with_kernels_is_compared_here():
+    words = {word for word in catalog.names("methods") if methods.load(word).kernels}
+    assert words == {word for word, _ in CASES}
+
+
+@pytest.mark.parametrize("word", ["ties", "sce", "dare_ties"])
+def test_they_are_what_computes_where_they_are_loaded(quick, tmp_path, monkeypatch, word):
+    """Else the comparison above would be of torch with itself."""
+    from moeforge.methods import _task, sce
+
+    def refuse(*_, **__):
+        raise AssertionError("torch computed")
+
+    monkeypatch.setattr(kernels, "WORTH", dict.fromkeys(kernels.WORTH, 0))
+    monkeypatch.setattr(_task, "elect", refuse)
+    monkeypatch.setattr(sce, "variance", refuse)
+    params = next(params for name, params in CASES if name == word)
+    built(plan_of(word, params, models((37, 2051), torch.bfloat16)), tmp_path / "made")
+
+
+@pytest.mark.skipif(not processes.AVAILABLE, reason="workers are threads here")
+def test_workers_find_them_loaded(quick, tmp_path, monkeypatch):
+    from moeforge.methods import _task
+
+    params = next(params for word, params in CASES if word == "ties")
+    plan = plan_of("ties", params, models((37, 2051), torch.bfloat16))
+    alone = built(plan, tmp_path / "alone")
+    monkeypatch.setattr(kernels, "WORTH", dict.fromkeys(kernels.WORTH, 0))
+    monkeypatch.setattr(engine, "CHUNK", 2**16)  # or one worker would do
+    monkeypatch.setattr(_task, "elect", None)
+    together = built(plan, tmp_path / "together", Settings(2, 2**16))
+    assert all(torch.equal(bits(tensor), bits(together[name])) for name, tensor in alone.items())
+
+
+def test_small_builds_do_without_numba(tmp_path):
+    params = next(params for word, params in CASES if word == "ties")
+    built(plan_of("ties", params, models((37, 2051), torch.bfloat16)), tmp_path / "made")
+    assert not kernels.loaded()
+
+
+def test_without_numba_torch_computes(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("moeforge.kernels.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(kernels, "WORTH", dict.fromkeys(kernels.WORTH, 0))
+    params = next(params for word, params in CASES if word == "ties")
+    built(plan_of("ties", params, models((37, 2051), torch.bfloat16)), tmp_path / "made")
+    assert not kernels.loaded()
+
+
+def test_values_that_are_not_finite_stay_so(quick, tmp_path, monkeypatch):
+    from moeforge.errors import BuildError
+
+    monkeypatch.setattr(kernels, "WORTH", dict.fromkeys(kernels.WORTH, 0))
+    params = next(params for word, params in CASES if word == "task_arithmetic")
+    for bad in (float("nan"), float("inf")):
+        inputs = models((37, 2051), torch.bfloat16)
+        inputs[2][5, 7] = bad
+        with pytest.raises(BuildError, match="y0"):
+            built(plan_of("task_arithmetic", params, inputs), tmp_path / str(bad))
