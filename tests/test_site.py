@@ -107,7 +107,7 @@ def test_the_methods_are_all_there(site):
         assert method.title in section, name
         assert method.paper in section, name
         assert f"pictures/methods/{name}.svg" in section, name
-        assert '<div class="highlight">' in section, f"{name} has no formula"
+        assert 'class="language-text highlight"' in section, f"{name} has no formula"
         for word, param in method.params.items():
             if param.unused:
                 continue

@@ -23,6 +23,8 @@ REFERENCES = {
     "methods": method_reference.overview,
 }
 """What makes each reference, as Markdown."""
+_FILE_LINK = re.compile(r"\[([\w-]+\.md)\]\(\1(#[^)]*)?\)")
+"""A link that says the name of its file, as is right where one reads files."""
 _MARK = re.compile(r"^<!-- (generated|method): (.+) -->$", re.MULTILINE)
 
 
@@ -40,6 +42,11 @@ def on_page_markdown(markdown: str, *, page: Page, config: Any, files: Files) ->
     Raises:
         PluginError: a mark asks for what nobody makes.
     """
+    titles = _titles(config.nav)
+
+    def titled(link: re.Match[str]) -> str:
+        name, anchor = link.groups(default="")
+        return f"[{titles.get(name, name)}]({name}{anchor})"
 
     def generated(mark: re.Match[str]) -> str:
         kind, word = mark.groups()
@@ -50,4 +57,14 @@ def on_page_markdown(markdown: str, *, page: Page, config: Any, files: Files) ->
             raise PluginError(f'{page.file.src_uri}: nobody generates "{word}"; known: {known}')
         return REFERENCES[word]()
 
-    return _MARK.sub(generated, markdown)
+    return _FILE_LINK.sub(titled, _MARK.sub(generated, markdown))
+
+
+def _titles(nav: Any) -> dict[str, str]:
+    """Return what the navigation calls each page."""
+    if isinstance(nav, list):
+        return {page: title for entry in nav for page, title in _titles(entry).items()}
+    if isinstance(nav, dict):
+        ((title, inner),) = nav.items()
+        return {inner: title} if isinstance(inner, str) else _titles(inner)
+    return {}

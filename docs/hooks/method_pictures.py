@@ -132,7 +132,7 @@ def _plane(
                 axes.plot(*zip(*results, strict=True), color=_RESULT, linewidth=1.6)
             for i, label in zip(shown, labels, strict=True):
                 _arrow(axes, origin, results[i], _RESULT, label)
-            axes.set_aspect("equal", adjustable="datalim")
+            axes.set_aspect("equal", adjustable="box")
             axes.margins(0.12)
             axes.set_axis_off()
             return _svg(figure, axes)
@@ -268,5 +268,7 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
 def _svg(figure: Any, axes: Any) -> str:
     figure.legend(loc="outside right upper", frameon=False)
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(
+        file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+    )
     return file.getvalue()

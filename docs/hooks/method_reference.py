@@ -50,7 +50,7 @@ def _inputs(method: Any) -> str:
     few, most = method.inputs
     if method.base == "required":
         exactly = {1: "`base_model` and others", 2: "`base_model` and one other"}
-        return exactly.get(few, f"`base_model` and {few - 1} or more")
+        return exactly.get(few, "`base_model` and two or more")
     models = {1: "one", 2: "two"}[few] + ("" if most else " or more")
     return f"{models}, and `base_model` if wanted" if method.base == "optional" else models
 

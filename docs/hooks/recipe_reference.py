@@ -93,13 +93,13 @@ def _kind(value: dict[str, Any]) -> str:
     if "$ref" in value:
         name = value["$ref"].rpartition("/")[2]
         if name in SECTIONS:
-            return f"[mapping](#{anchor(SECTIONS[name])})"
+            return f"[keys](#{anchor(SECTIONS[name])})"
         return WORDS.get(name, name)
     if "allOf" in value:
         return _kind(value["allOf"][0])
     if "anyOf" in value:
         kinds = [_kind(kind) for kind in value["anyOf"]]
-        return " or ".join(dict.fromkeys(kind for kind in kinds if kind != "nothing"))
+        return " or ".join(dict.fromkeys(filter(None, kinds)))
     if "const" in value:
         return f"`{value['const']}`"
     if "enum" in value:
@@ -112,14 +112,23 @@ def _kind(value: dict[str, Any]) -> str:
 
 def _named(kind: str, value: dict[str, Any]) -> str:
     if kind == "array":
-        return f"list of {_kind(value['items'])}"
+        pair = value.get("minItems") == value.get("maxItems") == 2
+        return "`[start, end]`" if pair else f"list of {_several(value['items'])}"
     if kind == "object":
         inner = value.get("additionalProperties")
-        return f"by name: {_kind(inner)}" if isinstance(inner, dict) else "mapping"
+        return f"by name: {_kind(inner)}" if isinstance(inner, dict) else "keys"
     words = {"string": "text", "integer": "whole number", "boolean": "true or false"}
     word = words.get(kind, kind)
     least = value.get("minimum")
     return f"{word}, at least {least}" if least is not None else word
+
+
+def _several(item: dict[str, Any]) -> str:
+    """Return what the items of a list may be."""
+    kinds = item.get("anyOf", [item])
+    plain = [{key: value for key, value in kind.items() if key != "minimum"} for kind in kinds]
+    words = {"text": "texts", "whole number": "whole numbers", "number": "numbers"}
+    return " or ".join(words.get(word, word) for word in map(_kind, plain))
 
 
 def _default(name: str, value: dict[str, Any], required: Any) -> str:
