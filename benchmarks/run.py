@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,37 +239,42 @@ def timed(command: list[str], cwd: Path, look: float | None = None, **env: str) 
     return Run(seconds, usage.ru_utime + usage.ru_stime, *most)
 
 
+def strings(value: Any) -> Iterator[str]:
+    """Yield every string in a recipe that is not a key."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from strings(inner)
+
+
 def inputs(recipe: Any) -> list[Path]:
     """Return the weights files that a recipe names, each once."""
-    found: dict[Path, None] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, dict):
-            for inner in value.values():
-                visit(inner)
-        elif isinstance(value, list):
-            for inner in value:
-                visit(inner)
-        elif isinstance(value, str) and "/" in value:
-            for part in value.split("+"):
-                found.update(dict.fromkeys(Path(part).glob("*.safetensors")))
-
-    visit(recipe)
-    return list(found)
+    models = (part for text in strings(recipe) if "/" in text for part in text.split("+"))
+    return list(dict.fromkeys(path for part in models for path in Path(part).glob("*.safetensors")))
 
 
 class Bench:
     """The builds of one size, in a scratch folder."""
 
-    def __init__(self, scratch: Path, size: str, mergekit: Path | None, options: list[str]) -> None:
+    def __init__(
+        self,
+        scratch: Path,
+        size: str,
+        only: list[str] | None,
+        mergekit: Path | None,
+        options: list[str],
+    ) -> None:
         self.folder, self.shape = scratch, SIZES[size]
         self.mergekit, self.options = mergekit, options
-        self.models = scratch / f"models-{size}"
-        make(self.models / "base", self.shape, 0, None)
-        for i in range(TUNES):
-            make(self.models / f"tune{i}", self.shape, i + 1, self.models / "base")
-        make_adapter(self.models / "lora", self.shape, 99)
-        self.recipes = recipes(self.models, self.shape["layers"])
+        models = scratch / f"models-{size}"
+        known = recipes(models, self.shape["layers"])
+        self.recipes = {name: known[name] for name in only or known}
+        make(models / "base", self.shape, 0, None)
+        make_adapter(models / "lora", self.shape, 99)
+        for i in range(TUNES):  # those alone that are asked for: of 3 B, nine take 54 GB
+            if f"{models / f'tune{i}'}" in {*strings(self.recipes)}:
+                make(models / f"tune{i}", self.shape, i + 1, models / "base")
 
     def _recipe(self, name: str) -> Path:
         path = self.folder / "recipe.yml"
@@ -327,8 +332,8 @@ def main() -> None:
     given = parser.parse_args()
     given.scratch.mkdir(parents=True, exist_ok=True)
     options = [*given.options.split(), *([] if given.verify else ["--no-verify"])]
-    bench = Bench(given.scratch, given.size, given.mergekit, options)
-    nothing = Bench(given.scratch, "none", given.mergekit, options)
+    bench = Bench(given.scratch, given.size, given.only, given.mergekit, options)
+    nothing = Bench(given.scratch, "none", given.only, given.mergekit, options)
     results: dict[str, dict[str, list[Run]]] = {}
 
     def cold() -> None:
@@ -337,7 +342,7 @@ def main() -> None:
             Path("/proc/sys/vm/drop_caches").write_text("3")
 
     for number in range(given.rounds):
-        for name in given.only or bench.recipes:
+        for name in bench.recipes:
             found = results.setdefault(name, {})
             cold()
             found.setdefault("moeforge", []).append(bench.moeforge(name))
