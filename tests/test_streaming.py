@@ -58,6 +58,7 @@ def mixture(*names):
     return {"base_model": str(names[0]), "experts": experts, "gate_mode": "random"}
 
 
+PIPE = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 RECIPES = {"merge": merge, "stack": stack, "mixture": mixture}
 NAMES = ("me/one", "me/two")
 
@@ -147,6 +148,32 @@ def test_evicted_files_leave_room_for_others(kind, threads, hub, sharded, tmp_pa
     assert max(sizes) < 0.7 * every
     assert cached(tmp_path) == 0
     assert list((tmp_path / "home").rglob("config.json")), "small files stay"
+
+
+def test_the_disk_must_hold_a_file_of_each_model_at_the_least(hub, sharded, tmp_path):
+    """And all of them where nothing is evicted."""
+    put(hub, sharded)
+    moeforge.build(merge(*sharded), tmp_path / "local", shard_size=100_000, verify=False)
+    output = sum(file.stat().st_size for file in (tmp_path / "local").glob("*.safetensors"))
+    most = sum(max(f.stat().st_size for f in m.glob("*.safetensors")) for m in sharded)
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(merge(*NAMES)))
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom moeforge.checking import needs\n"
+        "from moeforge.prepare import prepare\n"
+        "needs.engine.free_space = lambda folder: int(sys.argv[1])\n"
+        "ready = prepare(Path('recipe.yml'), offline=False)\n"
+        "for evict in (False, True):\n"
+        "    print(len(needs.needs_of(ready, Path('out'), evict=evict).errors()))\n"
+    )
+    said = {}
+    for spare in (0, 9000):  # headers, and how shards divide, make the output a little larger
+        command = [sys.executable, "-c", script, str(output + most + spare - 4000)]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=hub.env(tmp_path / "home"), text=True, **PIPE
+        )
+        assert done.returncode == 0, done.stderr
+        said[spare] = done.stdout.split()
+    assert said == {0: ["1", "1"], 9000: ["1", "0"]}
 
 
 def test_what_was_in_the_cache_before_is_not_evicted(hub, sharded, tmp_path):

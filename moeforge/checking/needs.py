@@ -179,13 +179,15 @@ def peak_memory(prepared: Prepared, settings: Settings) -> int:
     return peak
 
 
-def needs_of(prepared: Prepared, out: Path, device: str = "cpu") -> Needs:
+def needs_of(prepared: Prepared, out: Path, device: str = "cpu", *, evict: bool = False) -> Needs:
     """Return what a build takes here; reads no weights.
 
     Args:
         prepared: what is to be built.
         out: the output folder.
         device: torch device of the arithmetic.
+        evict: downloads are removed when they are used up, so that of each model one file must
+            find room at a time, at the least.
     """
     plan, settings = prepared.plan, Settings(device=device)
     memory = peak_memory(prepared, settings)
@@ -198,6 +200,8 @@ def needs_of(prepared: Prepared, out: Path, device: str = "cpu") -> Needs:
     hub = [source for source in plan.sources.values() if isinstance(source, HubSource)]
     download = sum(source.missing_bytes for source in hub)
     seconds = max(disk / WRITE, _compute_seconds(plan, settings.workers)) + download / DOWNLOAD
+    if evict:
+        download = sum(source.largest_missing for source in hub)
     folder = out.absolute().parent
     cache = _cache() if hub else None
     return Needs(

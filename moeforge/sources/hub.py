@@ -253,6 +253,11 @@ class HubSource:
         """Bytes of weights that are not in the local cache."""
         return sum(self._sizes.get(file, 0) for file in self._missing)
 
+    @property
+    def largest_missing(self) -> int:
+        """Bytes of the largest weights file that is not in the local cache; 0 if all are."""
+        return max((self._sizes.get(file, 0) for file in self._missing), default=0)
+
     @cached_property
     def _files(self) -> TensorFiles:
         return TensorFiles(self._remote_entries)
