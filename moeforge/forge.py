@@ -17,7 +17,7 @@ from moeforge.checking import Report, check
 from moeforge.checking.needs import needs_of
 from moeforge.engine import Settings
 from moeforge.errors import BuildError, Finding, PlanError
-from moeforge.output import folder
+from moeforge.output import cards, folder
 from moeforge.output.fingerprint import fingerprint
 from moeforge.output.journal import Journal, building
 from moeforge.output.layout import DEFAULT_SHARD_SIZE, Shard, index, lay_out
@@ -137,6 +137,7 @@ def build(
     settings = Settings(threads=threads, memory=memory, device=device, evict=evict)
     shards, fits = lay_out(plan.tensors, shard_size), tuple["LayerFit", ...]()
     refuse_existing(target, overwrite=overwrite)
+    cards.yours_alone(target)  # what users wrote there is kept, or nothing is built
     refuse_inputs(target, (source.folder for source in plan.sources.values() if source.folder))
     identity = _fingerprint(prepared, shards, device)
     if group:
@@ -180,9 +181,7 @@ def build(
             teaching=lambda done, total: progress("teachers", done, total),
             changing=journal.forget,
         )
-        found = build_report.measure_and_tell(
-            prepared, plan, work, target.name, tuned, progress, note
-        )
+        found = build_report.measure_and_tell(prepared, plan, work, target, tuned, progress, note)
         asked = vouch.Asked(device, shard_size, memory, verify, hash_inputs)
         if tuned:
             sealed = {}  # the routers in them were written over
@@ -226,9 +225,8 @@ def _routers(prepared: Prepared, journal: Journal, device: str, progress: Progre
 
 def _check_room(prepared: Prepared, settings: Settings, target: Path, kept: int) -> None:
     """Refuse what cannot fit on the disk or in the memory that it may take."""
-    taken = needs_of(prepared, target, settings.device)
-    download = 0 if settings.evict else taken.download
-    if short := replace(taken, disk=max(taken.disk - kept, 0), download=download).errors():
+    taken = needs_of(prepared, target, settings.device, evict=settings.evict)
+    if short := replace(taken, disk=max(taken.disk - kept, 0)).errors():
         raise BuildError(*short)
     peak = engine.peak_memory(prepared.plan, settings)
     if settings.memory and peak > settings.memory:
