@@ -85,7 +85,7 @@ def test_documents_name_every_entry_of_every_shelf():
 
 def test_documents_name_every_command_and_flag():
     text = "".join(page.read_text() for page in PAGES)
-    commands = "build check plan inspect show push eval route tune verify rebuild diff"
+    commands = "new schema build check plan inspect show push eval route tune verify rebuild diff"
     for command in commands.split():
         assert f"moeforge {command}" in text
         usage = CliRunner().invoke(app, [*command.split(), "--help"]).output

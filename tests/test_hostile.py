@@ -374,6 +374,8 @@ def every_command(root):
         "build": ["build", str(root / "recipe.yml"), "-o", str(root / "made")],
         "inspect": ["inspect", model],
         "show": ["show", "families"],
+        "new": ["new", "upscale", "-m", model, "-o", str(root / "new" / "upscale.yml")],
+        "schema": ["schema", "-o", str(root / "new" / "schema.json")],
         "push": ["push", model, "owner/name"],
         "route": ["route", model, "--prompts", text],
         "tune": ["tune", model, "--text", text, "-o", str(root / "tuned")],
