@@ -31,6 +31,11 @@ class Kind:
     prompts: int = 0
     depth: bool = False
 
+    @property
+    def merges(self) -> bool:
+        """Whether models are merged, each of them once."""
+        return not self.prompts and not self.depth and self.models[1] != 1
+
     def experts(self, models: int) -> int:
         """Return how many experts `models` models make."""
         return -(-models // self.prompts) if self.prompts else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -56,6 +57,10 @@ def missing(kind: str, answers: Answers) -> list[Finding]:
         found.append(
             Finding(f"{kind} takes {wanted} {what}, got {count}", "Give --model for each of them.")
         )
+    if asked.merges:
+        listed = [*answers.models, *filter(None, [answers.base])]
+        for twice in dict.fromkeys(name for name in listed if listed.count(name) > 1):
+            found.append(Finding(f"{twice} is given twice", "Name each model once."))
     if asked.base == "required" and not answers.base:
         found.append(Finding(f"{kind} needs a base model", "Give it with --base."))
     if asked.base == "none" and answers.base:
@@ -76,14 +81,19 @@ def missing(kind: str, answers: Answers) -> list[Finding]:
     return found
 
 
+def depth_of(kind: str, models: tuple[str, ...]) -> int | None:
+    """Return how many layers all of `models` have; None where the kind has no use for it.
+
+    Raises:
+        RecipeError: a config does not say it.
+        SourceError: a model cannot be opened.
+        HubError: the Hub refused or could not be reached.
+    """
+    return min(map(_depth, models)) if KINDS[kind].depth else None
+
+
 def render(
-    kind: str,
-    answers: Answers,
-    *,
-    file: str,
-    schema: str,
-    beside: Path,
-    depth: int | None = None,
+    kind: str, answers: Answers, *, file: str, schema: str, beside: Path, depth: int | None
 ) -> str:
     """Return the text of a recipe.
 
@@ -92,12 +102,11 @@ def render(
         answers: what it is made of, nothing missing.
         file: what the recipe will be called, for the commands in its comments.
         schema: where editors find the schema, seen from the recipe.
-        beside: the folder of the recipe, which local paths are seen from.
-        depth: layers of the models; None reads it from the first one's config.
+        beside: the folder of the recipe, which local paths are seen from; it need not exist.
+        depth: layers of the models, where the kind has a use for it.
 
     Raises:
         RecipeError: an answer has no place in a recipe.
-        SourceError: the number of layers is needed and cannot be read.
     """
     import jinja2
 
@@ -112,7 +121,7 @@ def render(
     environment.filters |= {"scalar": scalar, "quoted": _quoted, "word": _word}
     environment.filters["model"] = lambda name: _model(name, beside)
     body = environment.get_template(f"{kind}.yml.jinja").render(
-        **_facts(asked, answers, file), **_layers(asked, answers.models, depth, beside)
+        **_facts(asked, answers, file), **_layers(depth)
     )
     text = f"# yaml-language-server: $schema={schema}\n{body.strip()}\n"
     parse(text, beside, kind)  # so that no answer makes a recipe that is none
@@ -139,11 +148,10 @@ def _facts(kind: Kind, answers: Answers, file: str) -> dict[str, Any]:
     }
 
 
-def _layers(kind: Kind, models: tuple[str, ...], depth: int | None, beside: Path) -> dict[str, Any]:
+def _layers(depth: int | None) -> dict[str, Any]:
     """Return depth, the layers that depth up-scaling cuts, and the ranges of a frankenmerge."""
-    if not kind.depth:
+    if depth is None:
         return {}
-    depth = depth or min(_depth(model, beside) for model in models)
     # SOLAR leaves out 8 of 32 layers at either end.
     return {"depth": depth, "cut": depth // 4, "ranges": interleaved(depth)}
 
@@ -159,10 +167,10 @@ def interleaved(depth: int) -> list[tuple[int, int]]:
     return [(tenths[i] + (i > 1), tenths[i + 2]) for i in range(9)]
 
 
-def _depth(model: str, beside: Path) -> int:
+def _depth(model: str) -> int:
     """Return the number of layers of `model`."""
     reference = Reference.model_validate({"model": model})
-    source = open_source(reference.model, reference.revision, beside=beside)
+    source = open_source(reference.model, reference.revision)
     config = source.config
     depth = configs.n_layers(config) or configs.n_layers(config.get("text_config") or {})
     if depth is None:
@@ -186,7 +194,7 @@ def _quoted(text: str) -> str:
 
 def _model(text: str, beside: Path) -> str:
     """Return a model as recipes name it; a folder may have a plus in its name."""
-    if "+" in text and (beside / expanded(text)).exists():
+    if "+" in text and Path(os.path.normpath(beside / expanded(text))).exists():
         return f"{{model: {_quoted(text)}}}"
     return scalar(text)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moeforge.errors import BuildError, Finding, RecipeError
 from moeforge.recipe.json_schema import json_schema
-from moeforge.starter.rendering import Answers, render
+from moeforge.starter.rendering import Answers, depth_of, render
 from moeforge.texts import expanded
 
 SCHEMA_NAME = "moeforge.schema.json"
@@ -36,7 +36,14 @@ def write(kind: str, answers: Answers, path: Path, *, force: bool = False) -> Pa
     if not force:
         refuse_existing(path)
     seen = _seen_from(path.parent, answers)
-    text = render(kind, seen, file=str(path), schema=SCHEMA_NAME, beside=path.parent)
+    text = render(
+        kind,
+        seen,
+        file=str(path),
+        schema=SCHEMA_NAME,
+        beside=path.parent,
+        depth=depth_of(kind, answers.models),
+    )
     _write(path, text)
     return write_schema(path.parent / SCHEMA_NAME)
 
