@@ -50,7 +50,7 @@ def keys() -> str:
     return "\n\n".join(
         [
             *(_section(definitions[name], title) for name, title in SECTIONS.items()),
-            _place(definitions["model"]),
+            _place(definitions["model"], definitions["reference"]),
             _settings(definitions["parameters"]),
             _dtypes(definitions["dtype"]),
         ]
@@ -71,8 +71,7 @@ def _table(mapping: dict[str, Any]) -> str:
     return "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows])
 
 
-def _place(model: dict[str, Any]) -> str:
-    (mapping,) = (kind for kind in model["anyOf"] if "properties" in kind)
+def _place(model: dict[str, Any], mapping: dict[str, Any]) -> str:
     text = f"{model['description']} As a mapping:"
     return f"## Where a model may stand\n\n{text}\n\n{_table(mapping)}"
 

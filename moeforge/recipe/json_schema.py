@@ -35,15 +35,15 @@ _SHORTEST = {"string": "minLength", "array": "minItems", "object": "minPropertie
 def json_schema() -> Schema:
     """Return the JSON Schema of a recipe of any kind."""
     writer = _Writer()
-    kinds = [writer.reference(kind) for kind in KINDS.values()]
-    inline = [writer.reference(kind) for kind in KINDS.values() if kind is not MoeRecipe]
+    kinds = {key: writer.reference(kind) for key, kind in KINDS.items()}
+    inline = {key: kind for key, kind in kinds.items() if KINDS[key] is not MoeRecipe}
     for owned in (LayerSource, Every, Zero, ModelToken):
         writer.reference(owned)
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "moeforge recipe",
         "description": "One model: a mixture of experts, a stack of layers, or a merge.",
-        "oneOf": kinds,
+        **_by_key(kinds, {"oneOf": [*kinds.values()]}),
         "definitions": {
             **_places(writer, inline),
             **_words(),
@@ -51,6 +51,24 @@ def json_schema() -> Schema:
             **dict(sorted(writer.definitions.items())),
         },
     }
+
+
+def _by_key(kinds: dict[str, Schema], otherwise: Schema) -> Schema:
+    """Return a schema that follows from which of the keys of `kinds` are there.
+
+    So editors speak about the kind that is meant: of mere alternatives they choose the one with the
+    fewest mistakes.
+    """
+    filled = {
+        key: {
+            "properties": {key: {"type": ["array", "object"], "minItems": 1, "minProperties": 1}},
+            "required": [key],
+        }
+        for key in kinds
+    }
+    ways = [{"if": filled[key], "then": kind} for key, kind in kinds.items()]
+    none = {"if": {"anyOf": [*filled.values()]}, "else": otherwise}
+    return {"type": "object", "allOf": [*ways, none]}
 
 
 def descriptions(cls: type[Strict]) -> dict[str, str]:
@@ -147,7 +165,7 @@ class _Writer:
 # --- definitions by hand -------------------------------------------------------------------------
 
 
-def _places(writer: _Writer, inline: list[Schema]) -> dict[str, Schema]:
+def _places(writer: _Writer, inline: dict[str, Schema]) -> dict[str, Schema]:
     """Return where models may stand."""
     text = {"type": "string", "minLength": 1}
     adapter = writer.mapping(Adapter)
@@ -164,9 +182,10 @@ def _places(writer: _Writer, inline: list[Schema]) -> dict[str, Schema]:
         "model": {
             "description": "A folder, beside the recipe or from here; a Hub id, with @revision; "
             "either with a LoRA adapter, model+adapter; or a merge or stack of its own.",
-            "anyOf": [text, writer.mapping(Reference), *inline],
+            "anyOf": [text, _by_key(inline, {"$ref": "#/definitions/reference"})],
         },
-        "place": {"anyOf": [text, mergekits, *inline]},
+        "reference": writer.mapping(Reference),
+        "place": {"anyOf": [text, _by_key(inline, mergekits)]},
         "adapter": {"anyOf": [text, adapter, {"type": "null"}]},
     }
 
