@@ -5,19 +5,21 @@ Nothing here changes a tensor.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeforge import tuning
+from moeforge import targets, tuning
 from moeforge.errors import Finding
-from moeforge.output import card
+from moeforge.output import cards
 from moeforge.plans import Plan
 from moeforge.prepare import Prepared
 from moeforge.recipe import MoeRecipe, Prompt
 from moeforge.tables import short_labels
+from moeforge.tuning.tables import tuned_markdown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +34,13 @@ _PIECE = 1000
 """Characters of held-out text that run as one prompt."""
 _PIECES = 20
 """Such pieces at most: more tokens than are looked at, whatever the tokenizer."""
+_COMMANDS = {
+    "transformers4": "from_pretrained, as above",
+    "vllm": "vllm serve {}",
+    "llama.cpp": "python convert_hf_to_gguf.py {}",
+    "mlx": "mlx_lm.generate --model {}",
+}
+"""How engines load a folder or a repository."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ def measure_and_tell(
     prepared: Prepared,
     plan: Plan,
     work: Path,
-    name: str,
+    target: Path,
     tuned: tuning.Tuned | None,
     progress: Progress,
     note: Callable[[Finding], None],
@@ -63,14 +72,16 @@ def measure_and_tell(
         prepared: the recipe, with the prompts that were used.
         plan: how the result was made.
         work: its folder, which nobody else sees yet.
-        name: of the model.
+        target: the folder that it will be, whose card may have text of the user's already.
         tuned: what training the routers came to, if they were.
         progress: told what is done.
         note: told what its routing gives cause for.
 
     Raises:
-        BuildError: a held-out text is too short, or the result cannot be run.
+        BuildError: a held-out text is too short, the result cannot be run, or what is the user's
+            in the card at `target` cannot be told.
     """
+    name = target.name
     heldout, model = _heldout(prepared, plan, work, progress)
     routing = _routing(prepared, plan, work, name, model, progress, note)
     shown = ""
@@ -78,14 +89,35 @@ def measure_and_tell(
         from moeforge.proof.route_map import draw
         from moeforge.proof.route_summary import as_markdown
 
-        draw(routing, work / card.PICTURE)
-        shown = as_markdown(routing, card.PICTURE)
-    recipe, tables = prepared.loaded.document.text, heldout.tables() if heldout else []
-    text = card.render(plan, card.Card(name, recipe, tables, shown))
-    (work / "README.md").write_text(text, encoding="utf-8")
-    if tuned:
-        tuning.tell_card(work / "README.md", tuned)
+        draw(routing, work / cards.PICTURE)
+        shown = as_markdown(routing, cards.PICTURE)
+    facts = cards.gather(
+        plan,
+        prepared.loaded.recipe,
+        name,
+        work,
+        engines=tuple(_engines(plan, name)),
+        warnings=[note.what for note in prepared.notes() if note.warning],
+    )
+    tables = tuple(heldout.tables()) if heldout else ()
+    said = tuned_markdown(tuned) if tuned else ""
+    facts = replace(facts, tables=tables, routing=shown, tuned=said)
+    cards.write(work, facts, cards.yours_alone(target))
     return Measured(heldout, routing)
+
+
+def _engines(plan: Plan, name: str) -> Iterator[cards.Engine]:
+    """Yield what is known of other engines that run language models."""
+    if not str((plan.config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
+        return
+    kind = str(plan.config.get("model_type"))
+    for target, engine in targets.TARGETS.items():
+        errors, notes = targets.report(plan, target)
+        known = [finding.what for finding in (errors or notes)]
+        if not errors and plan.experts and kind in targets.RUN[target].split():
+            known[-1] = "mixtures of this architecture were run there: equal logits"
+        command = "" if errors else _COMMANDS[target].format(shlex.quote(name))
+        yield cards.Engine(engine, command, tuple(known))
 
 
 def _heldout(

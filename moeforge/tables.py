@@ -13,8 +13,8 @@ from moeforge.checking.needs import peak_memory, sized
 from moeforge.checking.origins import groups
 from moeforge.engine import Settings
 from moeforge.families import _remote
+from moeforge.markdown import amount
 from moeforge.methods import REQUIRED, Method
-from moeforge.output.card import amount
 from moeforge.output.layout import lay_out
 from moeforge.planners.model import from_source, listing
 from moeforge.plans import Plan, dump

@@ -322,7 +322,10 @@ class _Handler(BaseHTTPRequestHandler):
         return _json({})
 
     def _validate_yaml(self) -> Answer:
-        return _json({"errors": [], "warnings": []})
+        found = hub_cards.problems(json.loads(self._body)["content"])
+        errors = [{"message": text} for text in found]
+        status, headers, body = _json({"errors": errors, "warnings": []})
+        return (400 if errors else status), headers, body
 
     def _preupload(self, repo: str, revision: str) -> Answer:
         found = self._own(repo)

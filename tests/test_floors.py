@@ -15,6 +15,7 @@ FLOORS = [
     {"errors", "version", "sealed"},
     {
         "tensors",
+        "markdown",
         "catalog",
         "configs",
         "dense",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moeforge.cli import mixtures, models, prompts, proofs, recipes, starter
+from moeforge.cli import cards, mixtures, models, prompts, proofs, recipes, starter
 from moeforge.cli.unexpected import DEBUG
 from moeforge.version import __version__
 
@@ -28,6 +28,7 @@ for command in (
     models.inspect,
     models.show,
     models.push,
+    cards.card,
     mixtures.route,
     mixtures.tune,
     proofs.verify,

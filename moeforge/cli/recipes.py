@@ -130,7 +130,7 @@ def _show_result(result: Result, *, verbose: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from moeforge.output.card import amount
+    from moeforge.markdown import amount
 
     plan = result.plan
     console = Console(highlight=False)

@@ -27,10 +27,10 @@ from moeforge.version import __version__
 
 NAME = "moeforge.lock.json"
 _FORMAT = 1
-_ABOUT = ("README.md", "*.png")
-"""Files about the model: people change them, and no program reads them."""
+_ABOUT = ("README.md", "moeforge.card.json", "*.png")
+"""Files about the model: people change them, and no program that loads it reads them."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
-_UNREAD = ("README.md", "LICENSE*", "NOTICE*", ".*", NAME, "moeforge.yml", "*.png")
+_UNREAD = (*_ABOUT, "LICENSE*", "NOTICE*", ".*", NAME, "moeforge.yml")
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 _PROMPTS = ("positive_prompts", "negative_prompts")
 """Keys of a recipe whose values are texts, and no names of files."""

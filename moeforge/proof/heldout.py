@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge.errors import BuildError, Finding
 from moeforge.forward import quiet
+from moeforge.markdown import plain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,20 +46,21 @@ class HeldOut:
     def tables(self) -> list[str]:
         """Return the losses, and the routing if there is one, as Markdown tables."""
         lines = [
-            f"| nats/token | {' | '.join(self.domains)} | mean |",
+            f"| nats/token | {' | '.join(map(plain, self.domains))} | mean |",
             "|---|" + "---:|" * (len(self.domains) + 1),
         ]
         for model, losses in self.losses.items():
             cells = " | ".join(f"{loss:.3f}" for loss in (*losses, self.mean(model)))
-            lines.append(f"| {model} | {cells} |")
+            lines.append(f"| {plain(model)} | {cells} |")
         tables = ["\n".join(lines)]
         if self.routing:
             lines = [
-                f"| share of router weight | {' | '.join(self.experts)} |",
+                f"| share of router weight | {' | '.join(map(plain, self.experts))} |",
                 "|---|" + "---:|" * len(self.experts),
             ]
             for domain, shares in self.routing.items():
-                lines.append(f"| {domain} | {' | '.join(f'{share:.0%}' for share in shares)} |")
+                cells = " | ".join(f"{share:.0%}" for share in shares)
+                lines.append(f"| {plain(domain)} | {cells} |")
             tables.append("\n".join(lines))
         return tables
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moeforge.errors import Finding
+from moeforge.markdown import plain
 from moeforge.proof.route_report import DEAD, RouteReport
 
 if TYPE_CHECKING:
@@ -100,12 +101,12 @@ def as_markdown(report: RouteReport, picture: str) -> str:
     columns = _columns(report)
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for cells in _rows(report):
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        lines.append(f"| {' | '.join(map(plain, cells))} |")
     parts = [
         f"![Share of router weight by layer and expert]({picture})",
         f"{_title(report)}.",
         "\n".join(lines),
-        _remarks(report),
+        plain(_remarks(report)),
     ]
     return "\n\n".join(parts)
 

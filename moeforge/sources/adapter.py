@@ -17,8 +17,11 @@ from moeforge.tensors import TensorSpec
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-_WANTED = (CONFIG, WEIGHTS, "tokenizer*", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-"""What is fetched of a repository: the adapter, and a tokenizer in case it has grown."""
+_WANTED = (
+    *(CONFIG, WEIGHTS, "README.md"),
+    *("tokenizer*", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"),
+)
+"""What is fetched of a repository: the adapter, its card, and a tokenizer in case it has grown."""
 
 
 class AdapterSource:

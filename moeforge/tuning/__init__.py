@@ -8,14 +8,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeforge.dense import max_positions
 from moeforge.errors import BuildError, Finding
-from moeforge.output.card import forget_routing
+from moeforge.output import cards
 from moeforge.output.staging import refuse_existing, staging
 from moeforge.plans import Plan
 from moeforge.prepare import Prepared
@@ -86,6 +86,8 @@ def tune(
 
     began, source, target = time.perf_counter(), Path(folder), Path(out)
     refuse_existing(target, overwrite=overwrite)
+    there, mine = cards.yours_alone(target), cards.yours_alone(source)
+    mine = there if there.text.strip() else mine
     if not settings.text and not settings.prompts:
         raise BuildError(Finding("there is no text to train on", "Give --text or --prompts."))
     if bool(settings.teach) != bool(teachers):
@@ -102,9 +104,7 @@ def tune(
         before = write.fingerprint(source, places)
         write.copy_checkpoint(source, work)
         tuned = _finish(work, target, wish, made, places, before, began)
-        if tuned.step:
-            forget_routing(work)
-        tell_card(work / "README.md", tuned)
+        _tell_card(work, tuned, mine)
     return tuned
 
 
@@ -275,14 +275,22 @@ def _finish(
     )
 
 
-def tell_card(card: Path, tuned: Tuned) -> None:
+def _tell_card(folder: Path, tuned: Tuned, mine: cards.Yours) -> None:
     """Say in the copied model card what was done to the model since."""
     from moeforge.tuning.tables import tuned_markdown
 
-    if card.is_file():
+    said, card = tuned_markdown(tuned), folder / cards.CARD
+    if cards.has_facts(folder):
+
+        def change(facts: cards.Facts) -> cards.Facts:
+            routing = "" if tuned.step else facts.routing
+            before = f"{facts.tuned}\n\n" if facts.tuned else ""
+            return replace(facts, routing=routing, tuned=before + said, tuned_later=True)
+
+        cards.retell(folder, change, mine)
+    elif card.is_file():
         text = card.read_text(encoding="utf-8").rstrip("\n")
-        said = f"{text}\n\n## Routers tuned\n\n{tuned_markdown(tuned)}\n"
-        card.write_text(said, encoding="utf-8")
+        card.write_text(f"{text}\n\n## Routers tuned\n\n{said}\n", encoding="utf-8")
 
 
-__all__ = ["Tuned", "Tuning", "tell_card", "tune", "tune_built"]
+__all__ = ["Tuned", "Tuning", "tune", "tune_built"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moeforge.markdown import plain
 from moeforge.tables import short_labels
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def tuned_table(tuned: Tuned) -> Table:
 
 def tuned_markdown(tuned: Tuned) -> str:
     """Return a tuning as a sentence and a Markdown table, for the model card."""
-    names = ("load on held-out text", "nats/token", *_labels(tuned))
+    names = ("load on held-out text", "nats/token", *map(plain, _labels(tuned)))
     lines = [f"| {' | '.join(names)} |", "|---|" + "---:|" * (len(names) - 1)]
     lines += [f"| {name} | {loss} | {' | '.join(load)} |" for name, loss, load in _rows(tuned)]
     how = "by matching the best dense expert of each document" if tuned.settings.teach else ""
