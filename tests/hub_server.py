@@ -18,12 +18,15 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import hub_cards
 
 _LFS_SUFFIXES = {".safetensors", ".bin", ".gguf"}
 Headers = dict[str, str]
@@ -42,13 +45,14 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked, and how many bytes of body were sent back."""
+    """What was asked, and how many bytes of body came with it and were sent back."""
 
     method: str
     path: str
     range: str
     token: str
     status: int
+    received: int
     sent: int
 
 
@@ -85,15 +89,21 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         url: value for HF_ENDPOINT.
         token: the one valid token; it may write to repositories of `user`.
+        reader: a token of the same user that may only read.
         repos: repositories by `owner/name`.
         requests: all that was asked so far.
         ranges: whether range requests are honoured.
+        part: bytes of each part in which LFS files are sent; None for files in one piece.
+        storage: folder in which hf_xet keeps what it is given; None where there is LFS only.
     """
 
     daemon_threads = True
     token = "hf_TheOneValidToken"
+    reader = "hf_TokenThatOnlyReads"
     user = "me"
     ranges = True
+    part: int | None = None
+    storage: Path | None = None
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -105,6 +115,9 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.faults: list[tuple[str, Refused | None]] = []
         self.holds: list[tuple[str, Callable[[], object]]] = []
+        self.cuts: list[tuple[str, int]] = []
+        self.losses: list[str] = []
+        self.parts: dict[str, dict[int, bytes]] = {}
         self.lock = threading.RLock()
 
     def __enter__(self) -> HubServer:
@@ -131,9 +144,28 @@ class HubServer(ThreadingHTTPServer):
         repo = self.repos[repo_id]
         return repo.commits[repo.resolve(revision)]
 
+    def clear(self) -> None:
+        """Forget all repositories, files, requests and faults."""
+        held = (self.repos, self.lfs, self.parts, self.requests)
+        for memory in (*held, self.faults, self.holds, self.cuts, self.losses):
+            memory.clear()  # type: ignore[attr-defined]
+        self.ranges, self.part, self.storage = True, None, None
+
     def fail(self, pattern: str, status: int, message: str = "", code: str = "") -> None:
         """Answer requests whose `METHOD /path` matches with an error; status 0 hangs up."""
         self.faults.append((pattern, Refused(status, message, code) if status else None))
+
+    def cut(self, pattern: str, count: int) -> None:
+        """Hang up when `count` bytes of the body of a request that matches have come."""
+        self.cuts.append((pattern, count))
+
+    def lose(self, pattern: str) -> None:
+        """Hang up once in place of answering: a request that matches is done, and nobody told."""
+        self.losses.append(pattern)
+
+    def received(self, pattern: str) -> int:
+        """Return the bytes of body of the requests so far whose `METHOD /path` matches."""
+        return sum(request.received for request in self.asked(pattern))
 
     def hold(self, pattern: str, act: Callable[[], object]) -> None:
         """Do something before requests whose `METHOD /path` matches are answered."""
@@ -176,6 +208,27 @@ def _json(content: Any) -> Answer:
     return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
 
 
+def _find(storage: Path, oid: str) -> bytes:
+    """Return the file with a given hash from chunks that hf_xet has stored as they are.
+
+    A xorb is chunks with a header of 8 bytes each: version, stored size, scheme (0 for no
+    compression), size.
+    """
+    for xorb in sorted(storage.glob("xet/xorbs/xorbs/default.*")):
+        raw, chunks, at = xorb.read_bytes(), list[bytes](), 0
+        while raw[at : at + 1] == b"\0" and raw[at + 4 : at + 5] == b"\0":
+            size = int.from_bytes(raw[at + 1 : at + 4], "little")
+            chunks.append(raw[at + 8 : at + 8 + size])
+            at += 8 + size
+        for start in range(len(chunks)):
+            digest = hashlib.sha256()
+            for end in range(start, len(chunks)):
+                digest.update(chunks[end])
+                if digest.hexdigest() == oid:
+                    return b"".join(chunks[start : end + 1])
+    raise Refused(422, f"the storage has no bytes with the hash {oid}")
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are two writes: without this each waits 40 ms
@@ -185,23 +238,32 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _respond(self) -> None:
-        self._body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self._path = urlsplit(self.path).path
+        self._query = parse_qs(urlsplit(self.path).query)
+        length = int(self.headers.get("Content-Length") or 0)
+        cut = next((c for c in self.server.cuts if re.search(c[0], self._asked)), None)
+        self._body = self.rfile.read(min(length, cut[1]) if cut else length)
         self._token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         for pattern, act in self.server.holds:
             # Not headers, which are asked for by range; others are served meanwhile.
-            if re.search(pattern, f"{self.command} {self._path}") and "Range" not in self.headers:
+            if re.search(pattern, self._asked) and "Range" not in self.headers:
                 act()
         with self.server.lock:
             try:
+                if cut:
+                    raise ConnectionAbortedError
                 status, headers, body = self._answer()
+                for pattern in self.server.losses:
+                    if re.search(pattern, self._asked):
+                        self.server.losses.remove(pattern)
+                        raise ConnectionAbortedError
             except Refused as error:
                 status, headers, body = error.status, error.headers, error.body
             except ConnectionAbortedError:
                 status, headers, body = 0, {}, b""
             sent = 0 if self.command == "HEAD" else len(body)
             asked = (self.command, self._path, self.headers.get("Range", ""), self._token)
-            self.server.requests.append(Request(*asked, status, sent))
+            self.server.requests.append(Request(*asked, status, len(self._body), sent))
         if not status:
             self.close_connection = True
             return
@@ -214,12 +276,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = _respond
 
+    @property
+    def _asked(self) -> str:
+        return f"{self.command} {self._path}"
+
     def _answer(self) -> Answer:
-        asked = f"{self.command} {self._path}"
+        asked = self._asked
         for pattern, error in self.server.faults:
             if re.search(pattern, asked):
                 raise error or ConnectionAbortedError
-        if self._token and self._token != self.server.token:
+        if self._token not in ("", self.server.token, self.server.reader):
             raise Refused(401, "Invalid credentials in Authorization header")
         for pattern, answer in _ROUTES:
             if match := re.fullmatch(pattern, asked):
@@ -240,6 +306,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_owner(self, repo: str) -> None:
         if not self._token:
             raise Refused(401, "Invalid username or password.")
+        if self._token == self.server.reader:
+            raise Refused(403, "this token may not write")
         owner = repo.partition("/")[0]
         if owner != self.server.user:
             raise Refused(403, f"You don't have the rights for the namespace {owner}")
@@ -303,6 +371,32 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Writing
 
+    def _whoami(self) -> Answer:
+        if not self._token:
+            raise Refused(401, "Invalid username or password.")
+        role = "write" if self._token == self.server.token else "read"
+        token = {"accessToken": {"displayName": "a", "role": role}}
+        return _json({"type": "user", "name": self.server.user, "orgs": [], "auth": token})
+
+    def _may_write(self, repo: str) -> Answer:
+        self._repo(repo)
+        self._own(repo)
+        return _json({})
+
+    def _xet_token(self, repo: str, revision: str) -> Answer:
+        if self.server.storage is None:
+            raise Refused(404, "no such page")
+        self._changed(repo)
+        ends = int(time.time()) + 3600
+        cas = f"local://{self.server.storage}"
+        return _json({"accessToken": "xet_Secret", "exp": ends, "casUrl": cas})
+
+    def _changed(self, repo: str) -> Repo:
+        """Return a repository that the client may write to, or open a pull request in."""
+        if "create_pr" in self._query and self._token:
+            return self._repo(repo)
+        return self._own(repo)
+
     def _create(self) -> Answer:
         asked = json.loads(self._body)
         repo = f"{asked['organization'] or self.server.user}/{asked['name']}"
@@ -328,7 +422,7 @@ class _Handler(BaseHTTPRequestHandler):
         return (400 if errors else status), headers, body
 
     def _preupload(self, repo: str, revision: str) -> Answer:
-        found = self._own(repo)
+        found = self._changed(repo)
         tree = found.commits[found.resolve(revision)]
         modes = []
         for path in (file["path"] for file in json.loads(self._body)["files"]):
@@ -339,12 +433,28 @@ class _Handler(BaseHTTPRequestHandler):
         return _json({"files": modes})
 
     def _lfs_batch(self, repo: str) -> Answer:
-        self._own(repo)
+        self._repo(repo)
         objects = json.loads(self._body)["objects"]
         for item in objects:
             if item["oid"] not in self.server.lfs:
-                item["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}"}}
+                url, size = f"{self.server.url}/lfs/{item['oid']}", self.server.part
+                upload: dict[str, Any] = {"href": url}
+                if size and item["size"] > size:
+                    count = -(-item["size"] // size)
+                    urls = {str(number): f"{url}/{number}" for number in range(1, count + 1)}
+                    upload = {"href": f"{url}/parts", "header": {"chunk_size": str(size), **urls}}
+                item["actions"] = {"upload": upload}
         return _json({"transfer": "basic", "objects": objects})
+
+    def _lfs_put_part(self, oid: str, number: str) -> Answer:
+        self.server.parts.setdefault(oid, {})[int(number)] = self._body
+        return 200, {"ETag": f'"{hashlib.md5(self._body).hexdigest()}"'}, b""
+
+    def _lfs_join(self, oid: str) -> Answer:
+        parts, told = self.server.parts.pop(oid), json.loads(self._body)["parts"]
+        assert [part["partNumber"] for part in told] == sorted(parts)
+        self._body = b"".join(parts[number] for number in sorted(parts))
+        return self._lfs_put(oid)
 
     def _lfs_put(self, oid: str) -> Answer:
         if hashlib.sha256(self._body).hexdigest() != oid:
@@ -353,23 +463,35 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {}, b""
 
     def _commit(self, repo: str, branch: str) -> Answer:
-        found = self._own(repo)
-        tree = dict(found.commits[found.resolve(branch)])
+        found = self._changed(repo)
+        head = found.resolve(branch)
+        tree = dict(found.commits[head])
         for line in self._body.splitlines():
             operation = json.loads(line)
             value = operation["value"]
             match operation["key"]:
                 case "header":
                     message = value["summary"]
+                    if value.get("parentCommit", head) != head:
+                        raise Refused(412, "A commit has happened since. Please refresh.")
                 case "file":
                     tree[value["path"]] = base64.b64decode(value["content"])
                 case "lfsFile":
-                    tree[value["path"]] = self.server.lfs[value["oid"]]
+                    tree[value["path"]] = self._stored(value["oid"])
                 case "deletedFile":
                     del tree[value["path"]]
+        page, more = f"{self.server.url}/{repo}", {}
+        if "create_pr" in self._query:
+            number = 1 + sum(name.startswith("refs/pr/") for name in found.branches)
+            branch, more = f"refs/pr/{number}", {"pullRequestUrl": f"{page}/discussions/{number}"}
         commit = found.commit(branch, tree, message)
-        url = f"{self.server.url}/{repo}/commit/{commit}"
-        return _json({"commitOid": commit, "commitUrl": url})
+        return _json({"commitOid": commit, "commitUrl": f"{page}/commit/{commit}", **more})
+
+    def _stored(self, oid: str) -> bytes:
+        """Return a large file from where the client has put it."""
+        if oid not in self.server.lfs and self.server.storage:
+            self.server.lfs[oid] = _find(self.server.storage, oid)
+        return self.server.lfs[oid]
 
 
 _REPO, _REV = r"(?P<repo>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
@@ -378,11 +500,16 @@ _ROUTES = (
     (rf"GET /api/models/{_REPO}/tree/{_REV}(/(?P<folder>.+))?", _Handler._tree),
     (rf"(GET|HEAD) /{_REPO}/resolve/{_REV}/(?P<path>.+)", _Handler._resolve),
     (r"(GET|HEAD) /cdn/(?P<oid>[^/]+)/.+", _Handler._cdn),
+    (r"GET /api/whoami-v2", _Handler._whoami),
+    (rf"GET /api/models/{_REPO}/auth-check/write", _Handler._may_write),
+    (rf"GET /api/models/{_REPO}/xet-write-token/{_REV}", _Handler._xet_token),
     (r"POST /api/repos/create", _Handler._create),
     (rf"POST /api/models/{_REPO}/branch/(?P<branch>[^/]+)", _Handler._branch),
     (r"POST /api/validate-yaml", _Handler._validate_yaml),
     (rf"POST /api/models/{_REPO}/preupload/{_REV}", _Handler._preupload),
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", _Handler._lfs_batch),
     (r"PUT /lfs/(?P<oid>[^/]+)", _Handler._lfs_put),
+    (r"PUT /lfs/(?P<oid>[^/]+)/(?P<number>\d+)", _Handler._lfs_put_part),
+    (r"POST /lfs/(?P<oid>[^/]+)/parts", _Handler._lfs_join),
     (rf"POST /api/models/{_REPO}/commit/(?P<branch>[^/]+)", _Handler._commit),
 )

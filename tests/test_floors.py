@@ -48,6 +48,7 @@ FLOORS = [
         "proof_tables",
         "forge",
         "rebuilding",
+        "publishing",
         "starter",
     },
     {"cli", "__main__"},

@@ -97,10 +97,10 @@ def fetch(model: str, names: str, **where: Any) -> Any:
     return found
 
 
-def send(folder: str, repo_id: str, **options: Any) -> Any:
+def send(folder: str, repo_id: str) -> None:
     from moeforge.output.push import push
 
-    return push(Path(folder), repo_id, **options)
+    push(Path(folder), repo_id)
 
 
 def read_while_the_branch_moves(model: str) -> Any:
@@ -123,7 +123,7 @@ def fill_like_another_program(model: str) -> None:
     hf_hub_download(model, "model.safetensors")
 
 
-def serve() -> None:
+def serve(functions: dict[str, Any]) -> None:
     """Answer calls, one per line of standard input, by [error type or "", result or message]."""
     from moeforge.errors import MoeforgeError
 
@@ -131,17 +131,24 @@ def serve() -> None:
     for line in sys.stdin:
         name, args, options = json.loads(line)
         try:
-            answer = ["", globals()[name](*args, **options)]
+            answer = ["", functions[name](*args, **options)]
         except MoeforgeError as error:
             answer = [type(error).__name__, str(error)]
         print(json.dumps(answer), flush=True)
 
 
+def write(folder: Path, files: dict[str, bytes]) -> str:
+    folder.mkdir(exist_ok=True)
+    for path, data in files.items():
+        (folder / path).write_bytes(data)
+    return str(folder)
+
+
 class Client:
     """A process with huggingface_hub in it, and an environment of its own."""
 
-    def __init__(self, env: dict[str, str]) -> None:
-        command = [sys.executable, "-W", "ignore", __file__]
+    def __init__(self, env: dict[str, str], script: str = __file__) -> None:
+        command = [sys.executable, "-W", "ignore", script]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env={**env, "PYTHONPATH": str(ROOT)}, **pipes)
 
@@ -180,9 +187,7 @@ def server() -> Iterator[HubServer]:
 @pytest.fixture
 def hub(server: HubServer, home: Path) -> HubServer:
     """The server without repositories, and with it an empty cache."""
-    for memory in (server.repos, server.lfs, server.requests, server.faults):
-        memory.clear()
-    server.ranges = True
+    server.clear()
     shutil.rmtree(home, ignore_errors=True)
     return server
 
@@ -501,138 +506,5 @@ def test_importing_does_not_import_the_client() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-# Pushing
-
-
-def write(folder: Path, files: dict[str, bytes]) -> str:
-    folder.mkdir(exist_ok=True)
-    for path, data in files.items():
-        (folder / path).write_bytes(data)
-    return str(folder)
-
-
-def test_push_makes_a_repository_of_the_folder(
-    hub: HubServer, member: Client, tmp_path: Path
-) -> None:
-    out = write(tmp_path, SHARDED)
-    assert member.ask(send, out, "me/new") == f"{hub.url}/me/new"
-    files = hub.files("me/new")
-    assert files.pop(".gitattributes")
-    assert files == SHARDED
-    assert not hub.repos["me/new"].private
-    assert member.ask(fetch, "me/new", "d") == {"d": tensor(SHARDED[TWO], 1).hex()}
-    hub.requests.clear()
-    assert member.ask(send, out, "new") == f"{hub.url}/me/new"
-    assert not hub.asked("PUT|/commit/")
-
-
-def test_push_to_a_branch_leaves_main_alone(hub: HubServer, member: Client, tmp_path: Path) -> None:
-    hub.add("me/moe", {"README.md": b"before"})
-    out = write(tmp_path, SINGLE)
-    url = member.ask(send, out, "me/moe", revision="v2", message="second try")
-    assert url == f"{hub.url}/me/moe/tree/v2"
-    assert hub.files("me/moe", "v2") == SINGLE
-    assert hub.files("me/moe") == {"README.md": b"before"}
-    assert hub.repos["me/moe"].messages[-1] == "second try"
-    assert member.ask(send, out, "me/moe", revision="v2") == url
-
-
-def test_push_removes_weights_of_an_earlier_push(
-    hub: HubServer, member: Client, tmp_path: Path
-) -> None:
-    kept = {"notes.md": b"", "adapter/adapter_model.safetensors": b"x"}
-    hub.add("me/moe", {**SINGLE, "model-00003-of-00003.safetensors": b"x", **kept})
-    member.ask(send, write(tmp_path, SHARDED), "me/moe")
-    assert hub.files("me/moe") == {**SHARDED, **kept}
-    assert len(hub.repos["me/moe"].commits) == 2
-
-
-def test_push_private(hub: HubServer, member: Client, tmp_path: Path) -> None:
-    hub.add("me/public", {"README.md": b"before"})
-    out = write(tmp_path, SINGLE)
-    member.ask(send, out, "me/private", private=True)
-    assert hub.repos["me/private"].private
-    member.ask(send, out, "me/private", private=True)
-    text = member.fails(send, out, "me/public", private=True)
-    assert text.startswith(
-        "HubError: me/public exists and is public, not private; nothing was sent"
-    )
-    assert f"{hub.url}/me/public/settings" in text
-    assert hub.files("me/public") == {"README.md": b"before"}
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"config.json": None}, "has no config.json"),
-        ({"README.md": None}, "has no README.md, which is the model card on the Hub"),
-        ({TWO: None}, f"{TWO} is not a readable safetensors file"),
-        ({TWO: SHARDED[TWO][:-5]}, "was not downloaded whole"),
-        ({"model.safetensors.index.json": None}, "has none of model.safetensors, model"),
-        (dict.fromkeys(SHARDED), "has no config.json"),
-    ],
-)
-def test_push_refuses_an_incomplete_folder(
-    hub: HubServer, member: Client, tmp_path: Path, files: dict[str, bytes | None], expected: str
-) -> None:
-    left = {path: data for path, data in {**SHARDED, **files}.items() if data is not None}
-    text = member.fails(send, write(tmp_path, left), "me/new")
-    assert text.startswith("SourceError: ")
-    assert expected in text
-    assert not hub.requests
-
-
-@pytest.mark.parametrize(
-    ("repo", "fault", "expected"),
-    [
-        ("other/moe", (), ["403: You don't have the rights for the namespace other", "/tokens"]),
-        ("me/a--b", (), ["a--b", "Correct what it names"]),
-        ("me/moe", ("/commit/", 409, "one is in progress"), ["409: one is in progress", "look at"]),
-        ("me/moe", ("/commit/", 502), ["the Hub answered 502\n", "Try again later"]),
-        ("me/moe", ("/preupload/", 429, "too many"), ["429: too many", "Wait some minutes"]),
-        ("me/moe", ("/info/lfs/", 403, "no storage left"), ["403: no storage left", "/tokens"]),
-        ("me/moe", ("/branch/", 403, "protected"), ["403: protected", "/tokens"]),
-        (
-            "me/moe",
-            ("/validate-yaml", 400, '"license" is odd'),
-            ['400: "license" is odd', "Correct"],
-        ),
-        (
-            "me/moe",
-            ("/commit/", 0),
-            ["the connection to the Hub failed (RemoteProtocol", "network"],
-        ),
-        ("me/moe", ("PUT /lfs/", 0), ["the connection to the Hub failed (", "network"]),
-    ],
-)
-def test_push_failures_say_what_to_do(
-    hub: HubServer,
-    member: Client,
-    tmp_path: Path,
-    repo: str,
-    fault: tuple[Any, ...],
-    expected: list[str],
-) -> None:
-    if fault:
-        hub.fail(*fault)
-    text = member.fails(send, write(tmp_path, SINGLE), repo, revision="v2")
-    assert text.startswith(f"HubError: pushing to {repo}: ")
-    assert all(part in text for part in expected)
-    assert hub.token not in text
-    assert all(list(hub.files(repo)) == [".gitattributes"] for repo in hub.repos)
-
-
-def test_push_without_login(
-    hub: HubServer, client: Client, offline: Client, tmp_path: Path
-) -> None:
-    out = write(tmp_path, SINGLE)
-    text = client.fails(send, out, "me/moe")
-    assert text.startswith("HubError: pushing to me/moe: the Hub answered 401: ")
-    assert "`hf auth login`" in text
-    text = offline.fails(send, out, "me/moe")
-    assert text.endswith("offline mode is on\n    Unset HF_HUB_OFFLINE.")
-    assert not hub.repos
-
-
 if __name__ == "__main__":
-    serve()
+    serve(globals())

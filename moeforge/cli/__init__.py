@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moeforge.cli import cards, mixtures, models, prompts, proofs, recipes, starter
+from moeforge.cli import cards, mixtures, models, prompts, proofs, push, recipes, starter
 from moeforge.cli.unexpected import DEBUG
 from moeforge.version import __version__
 
@@ -27,7 +27,7 @@ for command in (
     recipes.plan,
     models.inspect,
     models.show,
-    models.push,
+    push.push,
     cards.card,
     mixtures.route,
     mixtures.tune,

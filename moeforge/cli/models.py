@@ -1,8 +1,7 @@
-"""Owns the commands about checkpoints and shelves: inspect, show, push."""
+"""Owns the commands about checkpoints and shelves: inspect, show."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,19 +50,3 @@ def show(
             print_json(shelf_rows(shelf))
         else:
             print_parts(shelf_table(shelf))
-
-
-def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished model folder.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.")],
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="For a new repository.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
-    message: Annotated[str | None, typer.Option("-m", "--message", help="Commit message.")] = None,
-) -> None:
-    """Upload a model folder with its card to the Hugging Face Hub."""
-    with reporting():
-        from moeforge.output.push import push as upload
-
-        print(upload(folder, repo, private=private, revision=revision, message=message))

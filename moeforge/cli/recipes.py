@@ -16,6 +16,7 @@ from moeforge.cli.shared import (
     Offline,
     Out,
     Overwrite,
+    Private,
     RecipeArgument,
     Strict,
     Threads,
@@ -52,6 +53,11 @@ def build(
     hash_inputs: Annotated[
         bool, typer.Option("--hash-inputs", help="Hash local weights whole for the lock file.")
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="REPO", help="Then upload it to owner/name on the Hub."),
+    ] = None,
+    private: Private = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print what is done.")] = False,
@@ -61,7 +67,10 @@ def build(
     as_json, quiet = as_json and leads, quiet or not leads
     with reporting(as_json=as_json), ranks.joined() as group:
         from moeforge import forge
+        from moeforge.cli.push import pushed, refuse_push
 
+        if leads:
+            refuse_push(push, private=private, no_verify=no_verify, offline=offline)
         if (odd := ranks.remark()) and not quiet:
             note(odd)
         if group:
@@ -87,10 +96,13 @@ def build(
                 progress=progress,
                 note=note if not quiet else lambda finding: None,
             )
-        if as_json:
-            print_json(_result_json(result))
-        elif not quiet:
+        if not as_json and not quiet:
             _show_result(result, verbose=verbose)
+        sent = pushed(result.folder, push, private, shown=shown) if push and leads else None
+        if as_json:
+            print_json({**_result_json(result), **({"push": sent.as_data()} if sent else {})})
+        elif sent:
+            print(sent.url)
 
 
 def _result_json(result: Result) -> dict[str, Any]:

@@ -36,6 +36,10 @@ NoVerify = Annotated[bool, typer.Option("--no-verify", help="Publish without che
 Code = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that a model brings, from others.")
 ]
+Private = Annotated[
+    bool | None,
+    typer.Option("--private/--public", help="For a new repository.", show_default=False),
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only the local Hub cache.")]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -179,7 +183,7 @@ def showing_progress(*, shown: bool) -> Iterator[Progress]:
             if phase not in tasks:
                 tasks[phase] = display.add_task(phase, total=max(total, 1), amount="")
             amount = f"{done}/{total}"
-            if phase in ("tensors", "download", "verify"):
+            if phase in ("tensors", "download", "verify", "hash"):
                 speed = display.tasks[tasks[phase]].speed or 0
                 amount = f"{show_size(done)} of {show_size(total)}, {show_size(int(speed))}/s"
             finished = max(total, 1) if done >= total else done

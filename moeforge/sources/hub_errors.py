@@ -13,7 +13,11 @@ _FIXES = {
     400: "Correct what it names and try again.",
     401: "Log in with `hf auth login`, or correct HF_TOKEN.",
     403: "Check the name, and what your token may do: https://huggingface.co/settings/tokens",
+    404: "Check the name: there may be no such owner, or none that your token may write to.",
     409: "Something else is changing the repository: look at it, then try again.",
+    412: "Something else is changing the repository: look at it, then try again.",
+    413: "A file is too large for the Hub: build with a smaller --shard-size.",
+    422: "Correct what it names and try again.",
     429: "Wait some minutes; `hf auth login` raises the limit.",
 }
 _LATER = "Try again later; finished transfers are not repeated. See https://status.huggingface.co"

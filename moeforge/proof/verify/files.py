@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from moeforge.errors import Finding, MoeforgeError
-from moeforge.output.lock import NAME as LOCK
-from moeforge.output.lock import read_lock
+from moeforge.output.locked import differences, locked_files
 from moeforge.proof.verify.checks import OK, Check, judged, skipped
 from moeforge.sources.folder import INDEX, SINGLE, FolderSource, read_json
 from moeforge.sources.header import read_header
 from moeforge.vocabulary import chat
+
+__all__ = ["check_files", "check_lock", "check_special_ids", "check_template", "locked_files"]
 
 _IDS = tuple(
     f"{role}_token_id"
@@ -126,20 +127,6 @@ def check_template(folder: Path) -> Check:
     return Check("chat template", OK, "parses")
 
 
-def locked_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return size and SHA-256 of each file that the lock file lists; empty where there is none.
-
-    Raises:
-        SourceError: there is one, and it is not a lock file.
-    """
-    path = folder / LOCK
-    if not path.exists():
-        return {}
-    return {
-        name: (file["size"], file["sha256"]) for name, file in read_lock(path)["outputs"].items()
-    }
-
-
 def check_lock(
     folder: Path, locked: Mapping[str, tuple[int, str]], digests: Mapping[str, str]
 ) -> Check:
@@ -150,15 +137,5 @@ def check_lock(
         locked: what the lock lists.
         digests: SHA-256 of those that are there.
     """
-    findings = []
-    for name, (size, digest) in sorted(locked.items()):
-        path = folder / name
-        if not path.is_file():
-            findings.append(Finding(f"{name} is in {LOCK}, and is not here", _AGAIN))
-        elif path.stat().st_size != size:
-            what = f"{name} has {path.stat().st_size} bytes, {LOCK} says {size}"
-            findings.append(Finding(what, _AGAIN))
-        elif digests[name] != digest:
-            what = f"{name} is not what was built: its SHA-256 is {digests[name][:16]}…"
-            findings.append(Finding(f"{what}, {LOCK} says {digest[:16]}…", _AGAIN))
+    findings = differences(folder, locked, digests)
     return judged("lock", findings, f"{len(locked)} files as they were built")
