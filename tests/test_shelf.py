@@ -354,7 +354,9 @@ def test_new_says_all_that_is_missing_at_once_and_writes_nothing(tmp_path, monke
     assert done.exit_code == 2
     for said in ("at least 2 experts, got 1", "needs a base", "the method", 'dtype "bf16"'):
         assert said in done.output
-    assert 'did you mean "moe-loras"' in " ".join(new("moe-lora").output.split())
+    assert 'did you mean "moe-loras"' in new("moe-lora").output
+    (error,) = json.loads(new("--json").stdout)["errors"]
+    assert "moe-loras" in error["what"]
     assert new("soup", "-m", "a+b+c", "-m", "d").exit_code == 2
     assert new("upscale", "-m", "./nowhere").exit_code == 3
     assert not os.listdir(tmp_path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeforge.cli.shared import Json, print_json, print_parts, reporting
-from moeforge.errors import RecipeError
+from moeforge.errors import Finding, RecipeError
 
 if TYPE_CHECKING:
     from moeforge.starter import Answers, Kind
@@ -49,11 +49,12 @@ def new(
         asks = sys.stdin.isatty() and not as_json
         if kind is None:
             if not asks:
-                raise typer.BadParameter(f"name a kind: {', '.join(starter.KINDS)}")
+                what = f"which kind of recipe is not said; there are {', '.join(starter.KINDS)}"
+                raise RecipeError(Finding(what, "moeforge new --list says what they are."))
             _show_kinds(starter.KINDS, as_json=False)
             kind = typer.prompt("What to make", default="soup")
         if kind not in starter.KINDS:
-            raise typer.BadParameter(starter.unknown(kind))
+            raise RecipeError(starter.unknown(kind))
         path = out or Path(f"{kind}.yml")
         if not force:  # before anything is asked
             starter.refuse_existing(path)
