@@ -1,6 +1,7 @@
 """The blocks of code in the documents, each with the mark that stands above it.
 
-`<!-- usage -->`: its commands run, `<!-- usage: exit 2 -->` where they shall fail so.
+`<!-- usage -->`: its commands run, `<!-- usage: exit 2 -->` where they shall fail so, and
+`<!-- usage: hub -->` where they speak with the Hub, as the user `you`.
 `<!-- example: plan -->`: a recipe without mistakes; `<!-- example: error -->`: one with some. With
 `, file: NAME` the page's commands find it under that name.
 `<!-- not run: WHY -->`.
@@ -27,6 +28,10 @@ class Block:
     @property
     def runs(self):
         return self.mark.partition(":")[0] == "usage"
+
+    @property
+    def asks_the_hub(self):
+        return self.mark == "usage: hub"
 
     @property
     def exit_code(self):
