@@ -374,6 +374,7 @@ def every_command(root):
         "build": ["build", str(root / "recipe.yml"), "-o", str(root / "made")],
         "inspect": ["inspect", model],
         "show": ["show", "families"],
+        "card": ["card", model],
         "new": ["new", "upscale", "-m", model, "-o", str(root / "new" / "upscale.yml")],
         "schema": ["schema", "-o", str(root / "new" / "schema.json")],
         "push": ["push", model, "owner/name"],

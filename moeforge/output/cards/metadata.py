@@ -16,7 +16,7 @@ _TASKS = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
 }
-_KINDS = {"moe": ("moe",), "stack": ("frankenmerge",), "merge": ()}
+_KINDS = {"moe": ("moe",), "stack": ("frankenmerge",)}
 
 
 def pipeline(config: Mapping[str, Any], *, sentences: bool) -> str:
@@ -53,7 +53,7 @@ def generated(facts: Facts) -> dict[str, Any]:
         language=_union(parent.languages for parent in facts.parents) or None,
         datasets=_union(parent.datasets for parent in facts.parents) or None,
         tags=[
-            *("merge", *_KINDS[facts.kind], "moeforge"),
+            *("merge", *_KINDS.get(facts.kind, ()), "moeforge"),
             *(method.word for method in facts.methods),
             *([facts.model_type] if facts.model_type else []),
         ],
