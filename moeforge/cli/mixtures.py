@@ -40,7 +40,7 @@ def evaluate(
     device: Device = "cpu",
     memory: Annotated[
         str | None,
-        typer.Option(help="Most memory for weights, such as 4GB [default: 4/5 of free]."),
+        typer.Option(help="Most memory for weights, such as 4GB (default: 4/5 of free)."),
     ] = None,
     code: Code = False,
     offline: Offline = False,
@@ -174,12 +174,12 @@ def tune(
         list[str] | None, typer.Option("--teacher", help="Dense model to learn from.")
     ] = None,
     teach: Annotated[
-        float | None, typer.Option(help="Share of the teachers in the loss [default: 1 with any].")
+        float | None, typer.Option(help="Share of the teachers in the loss (default: 1 with any).")
     ] = None,
     balance: Annotated[float, typer.Option(help="Factor on the load-balance loss.")] = 0.0,
     steps: Annotated[int, typer.Option(min=1, help="Most optimiser steps.")] = 200,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak rate [default: 0.38 / hidden size].")
+        float | None, typer.Option(help="Peak rate (default: 0.38 / hidden size).")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Documents per step.")] = 16,
     window: Annotated[int, typer.Option(min=2, help="Most tokens per document.")] = 256,
@@ -188,7 +188,7 @@ def tune(
     ] = 4,
     active: Annotated[
         int | None,
-        typer.Option(min=1, help="Experts per token while training [default: the mixture's, 2+]."),
+        typer.Option(min=1, help="Experts per token while training (default: the mixture's, 2+)."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Order of the documents.")] = 0,
     device: Device = "cpu",

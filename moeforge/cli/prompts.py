@@ -27,7 +27,7 @@ Embedding = Annotated[
     str | None,
     typer.Option(
         "--embedding-model",
-        help="Folder or Hub id [default: sentence-transformers/all-MiniLM-L6-v2].",
+        help="Folder or Hub id (default: sentence-transformers/all-MiniLM-L6-v2).",
     ),
 ]
 

@@ -34,7 +34,7 @@ def verify(
         typer.Option(
             "--forward/--no-forward",
             help="Run it even if it has to be streamed from disk, or never "
-            "[default: where its files can be mapped, or memory allows].",
+            "(default: where its files can be mapped, or memory allows).",
             show_default=False,
         ),
     ] = None,

@@ -29,9 +29,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")]
 Out = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Output folder [default: the recipe's stem].")
+    Path | None, typer.Option("-o", "--out", help="Output folder (default: the recipe's stem).")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Workers [default: all cores].")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Workers (default: all cores).")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Publish without checking the output.")]
 Code = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that a model brings, from others.")

@@ -21,7 +21,7 @@ def new(
         str | None, typer.Argument(metavar="KIND", help="What to make; --list shows the kinds.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Recipe to write [default: KIND.yml].")
+        Path | None, typer.Option("-o", "--out", help="Recipe to write (default: KIND.yml).")
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -33,7 +33,7 @@ def new(
     ] = None,
     method: Annotated[str | None, typer.Option(help="Merge method.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the result [default: as the models].")
+        str | None, typer.Option(help="Dtype of the result (default: as the models).")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Show the kinds of recipes.")] = False,
@@ -157,7 +157,7 @@ def _prompts_files(experts: int) -> tuple[str, ...]:
 
 def schema(
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="File to write [default: print it].")
+        Path | None, typer.Option("-o", "--out", help="File to write (default: print it).")
     ] = None,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
