@@ -323,6 +323,22 @@ def test_version_and_help():
     assert "--overwrite" in moeforge("build", "--help").stdout
 
 
+def test_no_word_of_the_help_is_taken_for_markup():
+    """What stands in square brackets is not shown."""
+    import typer
+
+    from moeforge.cli import app
+
+    groups = [typer.main.get_command(app)]
+    helps = {}
+    for group in groups:
+        for name, command in group.commands.items():
+            groups += [command] if hasattr(command, "commands") else []
+            helps |= {f"{name} {param.name}": param.help for param in command.params}
+    assert len(helps) > 80
+    assert not {name: text for name, text in helps.items() if "[" in (text or "")}
+
+
 # --- what is not waited for ----------------------------------------------------------------------
 
 
