@@ -1,7 +1,7 @@
 """moeforge makes one language model out of several.
 
-`build`, `plan`, `check`, `verify`, `rebuild` and `diff` do what the commands of the same names do;
-what they raise is in `moeforge.errors`.
+`build`, `plan`, `check`, `verify`, `rebuild`, `diff` and `push` do what the commands of the same
+names do; what they raise is in `moeforge.errors`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from typing import Any
 
 from moeforge.version import __version__
 
-__all__ = ["__version__", "build", "check", "diff", "plan", "rebuild", "verify"]
+__all__ = ["__version__", "build", "check", "diff", "plan", "push", "rebuild", "verify"]
 
 _HOMES = {
     "build": "moeforge.forge",
     "check": "moeforge.forge",
     "diff": "moeforge.proof.diff",
     "plan": "moeforge.forge",
+    "push": "moeforge.publishing",
     "rebuild": "moeforge.rebuilding",
     "verify": "moeforge.proof.verify",
 }

@@ -12,6 +12,7 @@ from moeforge import hashes, recipe
 from moeforge.errors import Finding, SourceError
 from moeforge.forge import Progress, Result, build
 from moeforge.output.lock import NAME, describe, inputs, read_lock, recipe_files, versions
+from moeforge.output.locked import built
 from moeforge.prepare import prepare
 from moeforge.sources import Source
 
@@ -104,7 +105,8 @@ def rebuild(
         progress=progress,
         note=note,
     )
-    made, wanted = read_lock(result.folder / NAME)["outputs"], data["outputs"]
+    # What was tuned after the build is compared as the build had made it.
+    made, wanted = read_lock(result.folder / NAME)["outputs"], built(data)
     names = sorted(made.keys() | wanted.keys())
     differing = tuple(name for name in names if made.get(name) != wanted.get(name))
     return Rebuilt(result, differing, tuple(unsure), others)

@@ -108,9 +108,12 @@ def stranger(start: Callable[..., Client]) -> Client:
 
 
 @pytest.fixture
-def with_xet(start: Callable[..., Client]) -> Client:
-    """The client that sends by Xet where the server has it."""
-    return start(token=HubServer.token, HF_HUB_DISABLE_XET="0")
+def with_xet(start: Callable[..., Client], tmp_path_factory: pytest.TempPathFactory) -> Client:
+    """The client that sends by Xet where the server has it, and has its token in a file."""
+    token = tmp_path_factory.getbasetemp() / "token"
+    token.write_text(HubServer.token)
+    unasked = {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    return start(HF_TOKEN_PATH=str(token), HF_HUB_DISABLE_XET="0", **unasked)
 
 
 # What arrives

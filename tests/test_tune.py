@@ -24,6 +24,8 @@ from typer.testing import CliRunner
 import moeforge
 from moeforge.cli import app
 from moeforge.errors import BuildError, MoeforgeError, SourceError
+from moeforge.output.lock import read_lock
+from moeforge.output.locked import built
 from moeforge.prepare import prepare
 from moeforge.proof.heldout import load_output
 from moeforge.recipe.tuning import problems
@@ -198,8 +200,18 @@ def test_only_routers_change(made, tmp_path):
     assert differing[-1] - differing[0] < size
     assert digest(made / "two" / "model.safetensors") == before
     for item in (made / "two").iterdir():
-        if item.name not in ("README.md", "moeforge.card.json", "model.safetensors"):
+        if item.name not in (
+            "README.md",
+            "moeforge.card.json",
+            "moeforge.lock.json",
+            "model.safetensors",
+        ):
             assert (tmp_path / "out" / item.name).read_bytes() == item.read_bytes()
+    old, new = (read_lock(f / "moeforge.lock.json") for f in (made / "two", tmp_path / "out"))
+    assert new["built"] == {"model.safetensors": old["outputs"]["model.safetensors"]}
+    assert built(new) == old["outputs"]
+    said = new["outputs"]["model.safetensors"]
+    assert said == {"size": len(now), "sha256": digest(tmp_path / "out" / "model.safetensors")}
     assert "## Routers tuned" in (tmp_path / "out" / "README.md").read_text()
 
 

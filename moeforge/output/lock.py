@@ -93,7 +93,12 @@ def write_lock(
         "routers": _contents(made.routers) if made.routers else None,
         "outputs": dict(_outputs(folder, sealed or {})),
     }
-    text = json.dumps(lock, indent=2, sort_keys=True, ensure_ascii=False)
+    save_lock(folder, lock)
+
+
+def save_lock(folder: Path, data: Mapping[str, Any]) -> None:
+    """Write the data of a lock file."""
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 
@@ -121,6 +126,8 @@ def read_lock(path: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(lock.get(key), kind):
             raise SourceError(Finding(f"{path} is damaged: {key} is {lock.get(key)!r}"))
+    if not isinstance(lock.get("built", {}), dict):
+        raise SourceError(Finding(f"{path} is damaged: built is {lock['built']!r}"))
     for name, file in lock["outputs"].items():
         inner = PurePosixPath(name)
         if inner.is_absolute() or ".." in inner.parts:

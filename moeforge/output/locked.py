@@ -1,12 +1,14 @@
-"""Owns whether a folder is still what its lock file says was built."""
+"""Owns whether a folder is still what its lock file says, and what becomes of that on a change."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from moeforge.errors import Finding
-from moeforge.output.lock import NAME, read_lock
+from moeforge.hashes import sha256
+from moeforge.output.lock import NAME, read_lock, save_lock
 
 _AGAIN = "Build or download the checkpoint again."
 
@@ -47,3 +49,33 @@ def differences(
             what = f"{name} is not what was built: its SHA-256 is {digests[name][:16]}…"
             findings.append(Finding(f"{what}, {NAME} says {digest[:16]}…", _AGAIN))
     return findings
+
+
+def renew(folder: Path, names: Iterable[str]) -> None:
+    """Make the lock file, if there is one, true of files that were changed on purpose.
+
+    What the build had made of them stays in it, under "built", for a rebuild to compare with.
+
+    Args:
+        folder: the checkpoint.
+        names: files that may have changed.
+
+    Raises:
+        SourceError: the lock file is none.
+    """
+    if not (folder / NAME).exists():
+        return
+    data = read_lock(folder / NAME)
+    outputs = data["outputs"]
+    for name in outputs.keys() & set(names):
+        path = folder / name
+        found = {"size": path.stat().st_size, "sha256": sha256(path)}
+        if found != outputs[name]:
+            data.setdefault("built", {}).setdefault(name, outputs[name])
+            outputs[name] = found
+    save_lock(folder, data)
+
+
+def built(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return size and SHA-256 of each file as the build made it, from the data of a lock file."""
+    return {**data["outputs"], **data.get("built", {})}

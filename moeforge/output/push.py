@@ -17,7 +17,7 @@ from moeforge import hashes
 from moeforge.errors import Finding, HubError, SourceError
 from moeforge.output.lock import NAME as LOCK
 from moeforge.output.locked import differences, locked_files
-from moeforge.output.push_access import Access, check_access
+from moeforge.output.push_access import Access, check_access, client
 from moeforge.output.push_send import Local, State, bars, send, sizes
 from moeforge.sources.folder import INDEX, SINGLE, FolderSource
 from moeforge.sources.hub import explain
@@ -128,7 +128,7 @@ def prepare(
     """
     files = _read(folder, progress)
     try:
-        state = _compare(_api(), access, revision, files)
+        state = _compare(client(), access, revision, files)
     except Exception as error:  # huggingface_hub raises its own, its HTTP library's and others
         raise explain(error, f"pushing to {access.repo_id}") from error
     return Prepared(access, revision, pr, state, files)
@@ -146,7 +146,7 @@ def carry_out(prepared: Prepared, *, message: str | None = None, shown: bool = F
         HubError: the Hub refused or could not be reached; what was sent need not be sent again.
     """
     access, revision, pr = prepared.access, prepared.revision, prepared.pr
-    api, state = _api(), prepared.state
+    api, state = client(), prepared.state
     repo_id, url = access.repo_id, f"{api.endpoint}/{access.repo_id}"
     if revision:
         url += f"/tree/{revision}"
@@ -223,12 +223,6 @@ def command(folder: Path, repo_id: str, private: bool | None) -> str:
     """Return the command that makes a push, for messages."""
     flag = {True: ["--private"], False: ["--public"], None: []}[private]
     return shlex.join(["moeforge", "push", str(folder), repo_id, *flag])
-
-
-def _api() -> HfApi:
-    from huggingface_hub import HfApi
-
-    return HfApi()
 
 
 def _read(folder: Path, progress: Callable[[int, int], None]) -> tuple[Local, ...]:

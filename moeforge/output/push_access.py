@@ -50,16 +50,16 @@ def check_access(
         HubError: there is no token, or it may not write there; the repository has another
             visibility than asked for; the Hub cannot be reached.
     """
-    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # no __all__
 
-    api, what = HfApi(), f"pushing to {repo_id}"
+    api, what = client(), f"pushing to {repo_id}"
     try:
         validate_repo_id(repo_id)
         if constants.HF_HUB_OFFLINE:
             raise OfflineModeIsEnabled
-        token = get_token() is not None
+        token = api.token is not None
         if not token and not anonymous:
             raise HubError(Finding(f"{what}: there is no token", _LOG_IN))
         if "/" not in repo_id:
@@ -83,6 +83,16 @@ def check_access(
         what = f"{found.id} exists and is {is_so}, not {asked}; nothing was sent"
         raise HubError(Finding(what, f"Change it in its settings, {page}, or push elsewhere."))
     return Access(found.id, exists=True, private=found.private, token=token)
+
+
+def client() -> HfApi:
+    """Return the client; where there is a token, one that sends it whatever it is asked.
+
+    Others leave it out of reading where HF_HUB_DISABLE_IMPLICIT_TOKEN says so.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    return HfApi(token=True if get_token() else None)
 
 
 def _found(api: HfApi, repo_id: str) -> Any:
@@ -110,7 +120,7 @@ def ask(api: HfApi, path: str, **query: str) -> int:
     )
 
     url = f"{api.endpoint}/api/{path}"
-    answer = get_session().get(url, headers=build_hf_headers(), params=query)
+    answer = get_session().get(url, headers=build_hf_headers(token=api.token), params=query)
     if answer.status_code != 404:
         hf_raise_for_status(answer)
     return int(answer.status_code)

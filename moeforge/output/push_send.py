@@ -113,7 +113,7 @@ def send(
                     raise
                 time.sleep(2**attempt)
                 state = compared()
-                if not pr and not (state.add or state.remove):
+                if not (state.add or state.remove):
                     return None
     raise AssertionError("the last attempt returns or raises")
 

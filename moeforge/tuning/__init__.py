@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moeforge.dense import max_positions
 from moeforge.errors import BuildError, Finding
 from moeforge.output import cards
+from moeforge.output.locked import renew
 from moeforge.output.staging import refuse_existing, staging
 from moeforge.plans import Plan
 from moeforge.prepare import Prepared
@@ -104,6 +105,7 @@ def tune(
         before = write.fingerprint(source, places)
         write.copy_checkpoint(source, work)
         tuned = _finish(work, target, wish, made, places, before, began)
+        renew(work, {place.span.path.name for place in places})
         _tell_card(work, tuned, mine)
     return tuned
 
