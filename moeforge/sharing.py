@@ -87,7 +87,7 @@ def lead(
         BuildError: as `engine.run`, or another rank is lost or has failed.
     """
     token, theirs = secrets.token_hex(), dict[str, Sealed]()
-    (journal.root / _TOKEN).write_text(token)
+    (journal.root / _TOKEN).write_text(token, encoding="ascii")
     left = [shard for shard in shards if shard.name not in journal.kept]
     mine = [shard for shard in shards if shard.name in journal.kept]
     mine += divide(left, group.size)[0]
@@ -155,7 +155,7 @@ def follow(group: Group, plan: Plan, shards: Sequence[Shard], settings: Settings
 def _refuse_elsewhere(root: Path, token: str) -> None:
     """Refuse to work in a folder that is not that of rank 0."""
     try:
-        same = (root / _TOKEN).read_text() == token
+        same = (root / _TOKEN).read_text(encoding="ascii") == token
     except OSError:
         same = False
     if not same:

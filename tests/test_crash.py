@@ -271,10 +271,10 @@ def test_asked_to_stop(asked, code, llamas, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("where", ["_lock", "_clean"])
+@pytest.mark.parametrize("where", ["lock_folder", "_clean"])
 def test_stopped_before_anything_is_made(where, llamas, tmp_path, monkeypatch):
     """Ctrl-C when the work folder is there and nothing in it is finished: it goes, too."""
-    room = staging if where == "_lock" else journal.Journal
+    room = staging if where == "lock_folder" else journal.Journal
     real = getattr(room, where)
 
     def interrupted(*arguments):

@@ -22,7 +22,6 @@ from moeforge.engine import Settings, jobs, processes
 from moeforge.engine.jobs import CHUNK
 from moeforge.methods import _select
 from moeforge.output.layout import lay_out
-from moeforge.output.system import copy_range
 from moeforge.plans import (
     Concat,
     Fill,
@@ -35,6 +34,7 @@ from moeforge.plans import (
     RowTable,
 )
 from moeforge.sources.memory import MemorySource
+from moeforge.system import copy_range
 from moeforge.tensors import BY_NAME, TensorSpec
 
 

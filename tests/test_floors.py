@@ -12,7 +12,7 @@ import moeforge
 ROOT = Path(moeforge.__file__).parent
 
 FLOORS = [
-    {"errors", "version", "sealed"},
+    {"errors", "version", "sealed", "system"},
     {
         "tensors",
         "markdown",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from moeforge.plans import Merge, Plan, inputs, pieces
 from moeforge.prepare import Prepared
 from moeforge.recipe import MoeRecipe
 from moeforge.sources.hub import HubSource
+from moeforge.system import free_memory
 from moeforge.tensors import FLOAT32
 
 TRANSFORMERS = 200_000_000
@@ -112,19 +111,6 @@ def sized(count: int) -> str:
 
 def _device(path: Path) -> int:
     return next(p for p in (path, *path.absolute().parents) if p.exists()).stat().st_dev
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that can still be taken: of the machine, or of its container."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1])
-    with suppress(OSError, ValueError):  # a container's own limit; "max" where there is none
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
-    return max(free, 0)
 
 
 def _compute_seconds(plan: Plan, workers: int) -> float:

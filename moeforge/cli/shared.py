@@ -17,6 +17,7 @@ import typer
 
 from moeforge.cli.unexpected import debugging, hidden, mistake, trace, translated
 from moeforge.errors import BuildError, Finding, MoeforgeError
+from moeforge.system import open_file
 
 if TYPE_CHECKING:
     from moeforge.forge import Progress
@@ -129,7 +130,7 @@ def reporting(*, as_json: bool = False) -> Iterator[None]:
         _print_notes(error)
         raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(open_file(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise

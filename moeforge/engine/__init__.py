@@ -6,7 +6,6 @@ not depend on slice size, number of threads or the order in which work is taken.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from moeforge.engine.seal import Sealer
 from moeforge.engine.writer import OutputFiles
 from moeforge.methods import BLOCK, CHUNK, HELD
 from moeforge.output.layout import Shard
-from moeforge.output.system import allow_files
 from moeforge.plans import (
     Affine,
     Expr,
@@ -40,6 +38,7 @@ from moeforge.plans import (
     walk,
 )
 from moeforge.sealed import Sealed
+from moeforge.system import allow_files, cores
 
 MIN_SLICE, DEFAULT_SLICE = 2**16, 2**17
 """Elements per slice; the default is the fastest measured: see docs/performance.md."""
@@ -79,7 +78,7 @@ class Settings:
     @property
     def workers(self) -> int:
         """Number of workers."""
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or cores()
 
     def slice_for(self, plan: Plan) -> int:
         """Return elements per slice for `plan`: the default, or less where memory is short."""

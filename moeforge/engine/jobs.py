@@ -21,6 +21,7 @@ from moeforge.methods import CHUNK, RUN, Measurement, Place, Scan
 from moeforge.output.layout import Shard
 from moeforge.plans import Expr, Merge, Plan, Read, pieces, walk
 from moeforge.sources import FileSpan, lies
+from moeforge.system import open_file, read_at
 from moeforge.tensors import DType, TensorSpec
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class CopyJob:
     def _copy(self, report: Report) -> None:
         self.ready(report)
         odd, buffer = OddValues(self.dtype), memoryview(bytearray(COPY_WINDOW))
-        source = os.open(self.span.path, os.O_RDONLY)
+        source = open_file(self.span.path, os.O_RDONLY)
         try:
             for done in range(0, self.span.nbytes, COPY_WINDOW):
                 data = buffer[: self.span.nbytes - done]
@@ -137,7 +138,7 @@ def read_all(source: int, out: memoryview, start: int, path: Path) -> None:
     """
     done = 0
     while done < len(out):
-        count = os.preadv(source, [out[done:]], start + done)
+        count = read_at(source, out[done:], start + done)
         if not count:
             raise OSError(f"{path} ended early")
         done += count

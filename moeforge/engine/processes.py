@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from moeforge.engine.failures import explain
 from moeforge.engine.jobs import Job
 from moeforge.errors import BuildError, Finding
+from moeforge.system import FORKS, held_back, let_through
 
 if TYPE_CHECKING:
     from moeforge.engine.evaluate import Evaluator
@@ -27,7 +27,7 @@ _POLL = 0.05
 """Seconds between two looks at the progress."""
 _ASKED_TO_STOP = [signal.SIGINT, signal.SIGTERM]
 
-AVAILABLE = sys.platform == "linux"
+AVAILABLE = FORKS
 """Elsewhere a process with torch in it cannot be forked safely, or not at all."""
 
 
@@ -67,12 +67,9 @@ def run(
             # Python warns of forking beside threads; ours only draw the progress.
             warnings.simplefilter("ignore", DeprecationWarning)
             # Held back until a worker has said that it leaves Ctrl-C to its parent.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKED_TO_STOP)
-            try:
+            with held_back(*_ASKED_TO_STOP):
                 for process in processes:
                     process.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         started()
         running, looked, begun = list(processes), 0, list[int]()
         while running:
@@ -137,7 +134,7 @@ def _work(
     """Take jobs until none is left; run in a worker process."""
     for asked in _ASKED_TO_STOP:
         signal.signal(asked, signal.SIG_IGN)  # the parent decides
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ASKED_TO_STOP)
+    let_through(*_ASKED_TO_STOP)
 
     def report(count: int) -> None:
         done[number] += count

@@ -16,8 +16,8 @@ from types import TracebackType
 from moeforge.engine.jobs import CopyJob, MergeJob
 from moeforge.errors import BuildError, Finding
 from moeforge.output.layout import Shard
-from moeforge.output.system import begin_writing
 from moeforge.sealed import Sealed
+from moeforge.system import begin_writing, open_file, read_at
 
 _WINDOW, _AHEAD = 2**18, 2**25
 """Bytes hashed at a time; and those after which the disk is told to begin writing."""
@@ -140,7 +140,7 @@ class Sealer:
     def _follow(self, shard: Shard) -> Sealed | None:
         path, digest, done = self._folder / shard.name, hashlib.sha256(), 0
         buffer = memoryview(bytearray(_WINDOW))
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = open_file(path, os.O_RDWR)
         try:
             while done < shard.nbytes:
                 end = self._written(shard, done)
@@ -148,7 +148,7 @@ class Sealer:
                     return None
                 begun = done
                 while done < end and not self._stop:
-                    count = os.preadv(descriptor, [buffer[: end - done]], done)
+                    count = read_at(descriptor, buffer[: end - done], done)
                     if not count:
                         raise OSError(f"{shard.name} is shorter than what was written to it")
                     digest.update(buffer[:count])

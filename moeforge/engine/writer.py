@@ -10,7 +10,7 @@ from types import TracebackType
 
 from moeforge.errors import BuildError, Finding
 from moeforge.output.layout import Shard
-from moeforge.output.system import FULL, allocate
+from moeforge.system import FULL, allocate, open_file, room_of, write_at
 
 
 class OutputFiles:
@@ -30,7 +30,7 @@ class OutputFiles:
         try:
             for shard in self._shards:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-                descriptor = os.open(self._folder / shard.name, flags, 0o644)
+                descriptor = open_file(self._folder / shard.name, flags)
                 self._descriptors[shard.name] = descriptor
                 try:
                     allocate(descriptor, shard.nbytes)
@@ -64,7 +64,7 @@ class OutputFiles:
         """
         while data:
             try:
-                count = os.pwrite(self._descriptors[shard], data, offset)
+                count = write_at(self._descriptors[shard], data, offset)
             except OSError as error:
                 raise self._explain(error) from error
             data, offset = data[count:], offset + count
@@ -74,7 +74,7 @@ class OutputFiles:
             return error
         needed = sum(shard.nbytes for shard in self._shards)
         # What this build has taken already is not free any more, and counts as had.
-        taken = sum(os.fstat(d).st_blocks * 512 for d in self._descriptors.values())
+        taken = sum(map(room_of, self._descriptors.values()))
         free = shutil.disk_usage(self._folder).free + taken
         where = self._folder.parent.parent
         what = (

@@ -17,8 +17,8 @@ from pathlib import Path
 from moeforge.errors import BuildError, Finding
 from moeforge.hashes import sha256
 from moeforge.output.staging import locked, publish
-from moeforge.output.system import FULL, sync
 from moeforge.sealed import Sealed
+from moeforge.system import FULL, sync
 
 _NAME = "journal.json"
 ROUTERS = "routers"

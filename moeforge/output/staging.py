@@ -5,7 +5,6 @@ What is published is on the disk before it gets its name, and gets it in one ste
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moeforge.errors import BuildError, Finding
-from moeforge.output.system import exchange, sync
+from moeforge.system import exchange, lock_folder, sync
 
 _REPLACED = "replaced"
 """Name of the old folder in the work folder, where it cannot change places with the new one."""
@@ -40,9 +39,12 @@ def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
     Raises:
         BuildError: `out` is an input's folder or holds one.
     """
-    place = out.resolve()
+    if not out.exists():
+        return
     for folder in inputs:
-        if folder.resolve().is_relative_to(place):
+        # Not by their names: some file systems tell no capitals from small letters.
+        here = folder.resolve()
+        if any(path.exists() and path.samefile(out) for path in (here, *here.parents)):
             what = f"{out} holds {folder}, which the output is made from"
             raise BuildError(Finding(what, "It is not overwritten; choose another folder with -o."))
 
@@ -59,14 +61,14 @@ def locked(out: Path, *, overwrite: bool) -> Iterator[Path]:
     work = out.absolute().with_name(f".{out.absolute().name}.moeforge")
     try:
         work.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(work)
+        let_go = lock_folder(work)
     except OSError as error:
         raise BuildError(Finding(f"cannot write beside {out}: {error.strerror}")) from error
     except BaseException:  # Ctrl-C
         with suppress(OSError):
             work.rmdir()
         raise
-    if lock is None:
+    if let_go is None:
         what = f"another build is making {out} now"
         raise BuildError(Finding(what, "Wait for it, or choose another folder with -o."))
     try:
@@ -76,7 +78,7 @@ def locked(out: Path, *, overwrite: bool) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             work.rmdir()  # where nothing is in it
-        os.close(lock)
+        let_go()
 
 
 @contextmanager
@@ -99,23 +101,6 @@ def staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
             publish(made, out.absolute(), work, overwrite=overwrite)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-
-
-def _lock(work: Path) -> int | None:
-    """Make folder `work` and lock it; return the lock, or None where another process has it."""
-    while True:
-        work.mkdir(exist_ok=True)
-        lock = os.open(work, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock), work.stat()):
-                return lock
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        except FileNotFoundError:
-            pass
-        os.close(lock)  # a build that ended just now took the folder with it: make it anew
 
 
 def _put_back(out: Path, work: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeforge.sources import Source, open_source
+from moeforge.system import cores
 from moeforge.tensors import DType, TensorSpec
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def diff(
     for source, specs in ((one, mine), (other, theirs)):  # what lies on the Hub is fetched once
         for name in list(specs)[:1]:
             source.locate(name)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         return Difference(one.key, other.key, tuple(pool.map(compare, names)))
 
 

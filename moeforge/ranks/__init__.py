@@ -18,6 +18,7 @@ from typing import Any
 
 from moeforge.errors import BuildError, Finding
 from moeforge.ranks.group import SILENCE, Group, Link
+from moeforge.system import cores
 
 JOIN, _RETRY = 300.0, 0.5
 """Seconds in which all ranks must have come, and after which one knocks again."""
@@ -80,11 +81,11 @@ def joined() -> Iterator[Group | None]:
         del os.environ["OMP_NUM_THREADS"]
         import torch
 
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores())
     links = _links(where)
     # Libraries that find these in the environment wait for the other ranks.
     hidden = {name: os.environ.pop(name) for name in _LAUNCH if name in os.environ}
-    threads = max(1, len(os.sched_getaffinity(0)) // where.local_size)
+    threads = max(1, cores() // where.local_size)
     group = Group(where.rank, where.size, links, threads, where.local_rank)
     try:
         with group.together():

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from moeforge.errors import BuildError, Finding, MoeforgeError
+from moeforge.system import after_fork
 
 SILENCE = 60.0
 """Seconds after which a rank that says nothing is given up."""
@@ -101,7 +102,7 @@ class Group:
         self._change, self._over = threading.Condition(), threading.Event()
         for link in links.values():
             # In a worker that is forked it would live on when this process has ended.
-            os.register_at_fork(after_in_child=partial(_forget, weakref.ref(link)))
+            after_fork(partial(_forget, weakref.ref(link)))
         for other, link in links.items():
             threading.Thread(target=self._read, args=(other, link), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()

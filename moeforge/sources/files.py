@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moeforge.sources import FileSpan
 from moeforge.sources.header import Entry
+from moeforge.system import open_file, read_at
 from moeforge.tensors import TensorSpec
 
 
@@ -42,7 +43,7 @@ class TensorFiles:
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
+                self._descriptors[path] = open_file(path, os.O_RDONLY)
             return self._descriptors[path]
 
     def read(self, name: str, start: int, out: memoryview) -> None:
@@ -55,7 +56,7 @@ class TensorFiles:
         descriptor = self._descriptor(span.path)
         done = 0
         while done < len(out):
-            count = os.preadv(descriptor, [out[done:]], span.offset + start + done)
+            count = read_at(descriptor, out[done:], span.offset + start + done)
             if not count:
                 raise OSError(f"{span.path} ended early while reading {name}")
             done += count

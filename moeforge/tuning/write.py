@@ -18,6 +18,7 @@ from moeforge.errors import BuildError, Finding
 from moeforge.routing import Router
 from moeforge.sources import FileSpan
 from moeforge.sources.folder import FolderSource
+from moeforge.system import COPY_CHUNK, copy_range, open_file, write_at
 from moeforge.tensors import DType, TensorSpec
 from moeforge.texts import refuse_links
 
@@ -134,11 +135,9 @@ def copy_checkpoint(folder: Path, to: Path) -> None:
 
 def _copy(source: Any, target: Any) -> None:
     """Copy a file in the kernel, which shares the blocks where the file system can."""
-    from moeforge.output.system import COPY_CHUNK, copy_range
-
-    reading = os.open(source, os.O_RDONLY)
+    reading = open_file(source, os.O_RDONLY)
     try:
-        writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        writing = open_file(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             size, done = os.fstat(reading).st_size, 0
             while done < size:
@@ -169,11 +168,11 @@ def patch(folder: Path, found: Sequence[Place], weights: Mapping[str, Tensor]) -
         raw: Any = stored.view(torch.uint8).flatten().numpy()
         data = memoryview(raw)
         assert len(data) == place.span.nbytes
-        file = os.open(folder / place.span.path.name, os.O_WRONLY)
+        file = open_file(folder / place.span.path.name, os.O_WRONLY)
         try:
             offset = place.span.offset
             while data:
-                count = os.pwrite(file, data, offset)
+                count = write_at(file, data, offset)
                 data, offset = data[count:], offset + count
             os.fsync(file)
         finally:

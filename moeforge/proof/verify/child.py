@@ -30,7 +30,8 @@ def start(folder: Path, **options: Any) -> subprocess.Popen[str]:
         [sys.executable, "-c", _START, root, asked],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # of what libraries say
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from moeforge.finite import Odd, count_odd
 from moeforge.proof.verify.checks import Check, judged
 from moeforge.sealed import Sealed
 from moeforge.sources.folder import FolderSource
+from moeforge.system import cores
 
 _CHUNK = 2**20
 """Bytes that a thread reads at a time; a multiple of every element's size."""
@@ -55,7 +55,7 @@ def check_values(
         if any(found):
             odd[name] = found
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         # Hashing one file cannot be shared: the largest first.
         files.sort(key=lambda path: -path.stat().st_size)
         waiting = [pool.submit(digest, path) for path in files]
