@@ -256,7 +256,7 @@ def built(name, folders, out):
     return out / name
 
 
-@pytest.mark.parametrize("name", ["ties", "moe", "moe-merges"])
+@pytest.mark.parametrize("name", ["ties", "moe", "moe-merges", "moe-shared"])
 def test_the_shelf_builds(name, folders, tmp_path):
     """Soup and frankenmerge are built by the documents' commands; others below."""
     assert (built(name, folders, tmp_path) / WEIGHTS).exists()
