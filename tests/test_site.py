@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from mkdocs.exceptions import PluginError
 from pages import ROOT
 from typer.testing import CliRunner
@@ -38,6 +39,14 @@ def site(tmp_path_factory):
 
 def page(site, name):
     return (site / name / "index.html").read_text()
+
+
+def test_every_page_has_one_place():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    places = [
+        place for part in nav for pages in part.values() for p in pages for place in p.values()
+    ]
+    assert sorted(places) == sorted(source.name for source in SOURCES)
 
 
 class Loaded(HTMLParser):
