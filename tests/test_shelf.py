@@ -367,7 +367,10 @@ def test_new_writes_over_nothing_without_force(tmp_path, monkeypatch):
     Path("mine.yml").write_text("mine")
     words = ("soup", "-m", "a", "-m", "b", "-o", "mine.yml")
     assert new(*words).exit_code == 2
+    with pytest.raises(RecipeError, match="exists"):
+        starter.write("soup", starter.Answers(("a", "b")), Path("mine.yml"))
     assert Path("mine.yml").read_text() == "mine"
+    assert "exists" in new("soup", "-o", "mine.yml").output  # before anything else is said
     assert new(*words, "--force").exit_code == 0
     Path("moeforge.schema.json").write_text("{}")
     assert new(*words, "--force").exit_code == 2
@@ -377,7 +380,7 @@ def test_new_writes_over_nothing_without_force(tmp_path, monkeypatch):
 def test_a_recipe_elsewhere_finds_the_models(llamas, tmp_path, monkeypatch):
     """Named from here, in folders whose names YAML and recipes would read as something else."""
     monkeypatch.chdir(tmp_path)
-    names = ["a: #1", "c++", "1e5"]
+    names = ["a: #1", "c++", "2024-01-01"]
     for name, folder in zip(names, llamas, strict=True):
         Path(name).symlink_to(folder)
     words = ["-b", names[0]]
@@ -389,6 +392,15 @@ def test_a_recipe_elsewhere_finds_the_models(llamas, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     report = moeforge.check(tmp_path / "sub" / "my recipe.yml")
     assert not report.errors
+
+
+def test_a_name_in_a_recipe_is_that_name():
+    names = "a b/c-d ./e ../f ~/g /h org/name@v1 01-ai/Yi 12 1.5 1e5 0x1F 1_0 2024-01-01 .inf ~ - _"
+    names += " no On true NULL y a:b #c {d} [e] & * ! | > % @f `g a\u2028b é \U0001f600 '' \" \\"
+    for name in [*names.split(" "), "a: b", "a #b", " a", "a\nb"]:
+        assert yaml.safe_load(f"[{starter.rendering.scalar(name)}]") == [name]
+        assert yaml.safe_load(f"{{model: {starter.rendering.scalar(name)}}} # c") == {"model": name}
+    assert starter.rendering.scalar("org/name@v1.0") == "org/name@v1.0"
 
 
 def test_the_kinds_are_listed():

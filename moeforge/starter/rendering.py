@@ -182,14 +182,14 @@ def _depth(model: str) -> int:
 
 
 def scalar(text: str) -> str:
-    """Return `text` as a value in YAML, with quotes where it would be read as something else."""
-    plain = re.fullmatch(r"[\w./~][\w./~@+-]*", text) and not re.fullmatch(r"[\d._+-]*", text)
-    reserved = text.lower() in ("true", "false", "yes", "no", "on", "off", "null", "y", "n", "~")
+    """Return `text` as a value in YAML, with quotes unless nobody could read it otherwise."""
+    plain = re.fullmatch(r"([A-Za-z]|\.{0,2}/|~/)[\w./@+-]*", text)
+    reserved = text.lower() in ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
     return text if plain and not reserved else _quoted(text)
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def _model(text: str, beside: Path) -> str:
