@@ -14,7 +14,7 @@ from moeforge.output.cards import facts as stored
 from moeforge.output.cards import metadata, render
 from moeforge.output.cards.facts import NAME, Engine, Facts, Record
 from moeforge.output.cards.gather import gather
-from moeforge.output.cards.kept import CARD, Yours, digest, replace, yours, yours_alone
+from moeforge.output.cards.kept import CARD, Yours, digest, replace, store, yours, yours_alone
 from moeforge.texts import read_text
 
 __all__ = [
@@ -43,19 +43,22 @@ def has_facts(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
-def write(folder: Path, facts: Facts, mine: Yours) -> dict[str, Any]:
+def write(
+    folder: Path, facts: Facts, mine: Yours, put: Callable[[Path, str], None] = store
+) -> dict[str, Any]:
     """Write the card and its facts into `folder`; return the front matter.
 
     Args:
-        folder: a model folder, with the recipe in it.
+        folder: a model folder, with the recipe in it, which nobody else sees yet.
         facts: what is told.
         mine: what a user wrote into the card that it replaces.
+        put: how a file is written.
     """
     parts = render.body(facts, _recipe(folder))
     fresh = metadata.generated(facts)
     front = metadata.with_changes(fresh, mine.changes)
-    replace(folder / CARD, render.card(metadata.written(front), parts, mine.text))
-    replace(folder / NAME, stored.dump(Record(facts, fresh, digest(*parts))))
+    put(folder / CARD, render.card(metadata.written(front), parts, mine.text))
+    put(folder / NAME, stored.dump(Record(facts, fresh, digest(*parts))))
     return front
 
 
@@ -93,7 +96,7 @@ def remake(folder: Path) -> Mapping[str, Any]:
             what = f"{folder} is no folder"
         raise SourceError(Finding(what, "Give a folder that `moeforge build` made."))
     fresh = digest(*render.body(record.facts, _recipe(folder)))
-    return write(folder, record.facts, yours_alone(folder, fresh))
+    return write(folder, record.facts, yours_alone(folder, fresh), replace)
 
 
 def _recipe(folder: Path) -> str:

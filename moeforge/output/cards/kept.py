@@ -155,6 +155,15 @@ def _parsed(front: str, path: Path) -> dict[str, Any]:
     return data or {}
 
 
+def store(path: Path, text: str) -> None:
+    """Write a file into a folder that nobody else sees yet.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
 def replace(path: Path, text: str) -> None:
     """Write a file that is there whole, old or new, whenever the process ends.
 
@@ -163,7 +172,7 @@ def replace(path: Path, text: str) -> None:
     """
     half = path.with_name(f".{path.name}.half")
     try:
-        half.write_text(text, encoding="utf-8", newline="\n")
+        store(half, text)
         sync(half)
         os.replace(half, path)
     finally:
