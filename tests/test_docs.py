@@ -1,5 +1,6 @@
 """The documents: their commands run, their examples plan, their tables name what there is."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -43,19 +44,35 @@ def test_recipes_plan_or_have_the_mistakes_that_they_show(block, here):
     assert bool(report.errors) == (kind == "example: error"), report.errors
 
 
-def run(words):
-    done = CliRunner().invoke(app, words)
-    return done.exit_code, done.output
+def run(commands):
+    """Run commands; yield the exit code and output of each."""
+    for words in commands:
+        done = CliRunner().invoke(app, words)
+        yield done.exit_code, done.output
 
 
-def with_hub(words):
-    """Run a command in a process of its own, for huggingface_hub reads its settings once."""
+ALONE = """
+import json, sys, transformers  # here, so that no command starts a process of its own for it
+from test_docs import run
+json.dump(list(run(json.load(sys.stdin))), sys.stdout)
+"""
+
+
+def with_hub(commands):
+    """Do the same in a process of its own, for huggingface_hub reads its settings once."""
     with HubServer() as server:
         server.user = "you"
-        env = server.env(Path("home").absolute(), token=server.token, COLUMNS="100")
-        command = [sys.executable, "-m", "moeforge", *words]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+        home = Path("home").absolute()
+        here = {"COLUMNS": "100", "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", ALONE],
+            env=server.env(home, token=server.token, **here),
+            input=json.dumps(commands),
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 RUN = [page for page in PAGES if any(b.page == page and b.runs for b in BLOCKS)]
@@ -78,10 +95,10 @@ def test_what_a_page_says_to_type_runs(page, here):
             continue
         commands = list(block.commands())
         assert commands, f"{where}: no line begins with $"
-        for command, wanted in commands:
-            program, *words = shlex.split(command)
-            assert program == "moeforge", f"{where}: {command}"
-            code, output = (with_hub if block.asks_the_hub else run)(words)
+        typed = [shlex.split(command) for command, _ in commands]
+        assert all(program == "moeforge" for program, *_ in typed), where
+        results = (with_hub if block.asks_the_hub else run)([words for _, *words in typed])
+        for (command, wanted), (code, output) in zip(commands, results, strict=True):
             assert code == block.exit_code, f"{where}: {command}\n{output}"
             printed = " ".join(output.split())
             for line in wanted:
