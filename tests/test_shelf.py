@@ -359,6 +359,7 @@ def test_new_says_all_that_is_missing_at_once_and_writes_nothing(tmp_path, monke
     assert "moe-loras" in error["what"]
     assert new("soup", "-m", "a+b+c", "-m", "d").exit_code == 2
     assert new("upscale", "-m", "./nowhere").exit_code == 3
+    assert new("upscale", "-m", "a@b@c").exit_code == 2
     assert not os.listdir(tmp_path)
 
 

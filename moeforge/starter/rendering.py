@@ -13,7 +13,7 @@ from typing import Any
 
 from moeforge import catalog, configs, tensors
 from moeforge.errors import Finding, RecipeError, nearest
-from moeforge.recipe import Reference, parse
+from moeforge.recipe import MergeRecipe, Reference, parse
 from moeforge.sources import open_source
 from moeforge.starter.kinds import KINDS, Kind
 from moeforge.texts import expanded
@@ -169,13 +169,25 @@ def interleaved(depth: int) -> list[tuple[int, int]]:
 
 def _depth(model: str) -> int:
     """Return the number of layers of `model`."""
-    reference = Reference.model_validate({"model": model})
-    source = open_source(reference.model, reference.revision)
+    reference = _reference(model)
+    source = open_source(reference.model, reference.revision, reference.subfolder)
     config = source.config
     depth = configs.n_layers(config) or configs.n_layers(config.get("text_config") or {})
     if depth is None:
         raise RecipeError(Finding(f"the config of {model} does not say how many layers it has"))
     return depth
+
+
+def _reference(model: str) -> Reference:
+    """Return `model` taken apart as in a recipe."""
+    text = f"{{merge_method: passthrough, models: [{{model: {_model(model, Path())}}}]}}"
+    try:
+        recipe = parse(text, Path(), "model").recipe
+    except RecipeError as error:  # of which line and path are those of no recipe that there is
+        raise RecipeError(*(Finding(found.what, found.fix) for found in error.findings)) from None
+    assert isinstance(recipe, MergeRecipe)
+    reference: Reference = recipe.models[0].model
+    return reference
 
 
 # --- words in YAML -------------------------------------------------------------------------------
