@@ -355,9 +355,9 @@ def main() -> None:
             found.setdefault("start", []).append(nothing.moeforge(name))
             if not number:
                 found["memory"] = [bench.moeforge(name, 0.05)]
-            if (run := bench.other(name)) is not None:
-                found.setdefault("mergekit", []).append(run)
-                found.setdefault("mergekit start", []).append(nothing.other(name) or run)
+                if (run := bench.other(name)) is not None:  # once, for it takes long
+                    found["mergekit"] = [run]
+                    found["mergekit start"] = [nothing.other(name) or run]
             print(f"round {number + 1}: {name}", file=sys.stderr)
     show(results, given.size, given.rounds)
     data = {
@@ -377,7 +377,9 @@ def show(results: dict[str, dict[str, list[Run]]], size: str, rounds: int) -> No
     heads = ["build", "seconds", "start-up", "floor", "ratio", "with sync", "and sha256"]
     heads += ["CPU s", "of floor", "peak MB", "all MB"]
     rival = any("mergekit" in found for found in results.values())
-    heads += ["mergekit s", "its peak MB", "times faster"] if rival else []
+    heads += (
+        ["mergekit s", "its start-up", "its peak MB", "times faster", "all in all"] if rival else []
+    )
     print("| " + " | ".join(heads) + " |")
     print("|---" + "|---:" * (len(heads) - 1) + "|")
     for name, found in results.items():
@@ -392,11 +394,12 @@ def show(results: dict[str, dict[str, list[Run]]], size: str, rounds: int) -> No
         cells.append(f"{found['memory'][0].together / 1e6:.0f}")
         if "mergekit" in found:
             theirs = median(found["mergekit"], lambda r: r.seconds)
-            after = theirs - median(found["mergekit start"], lambda r: r.seconds)
-            cells += [f"{after:.1f}", f"{median(found['mergekit'], lambda r: r.peak) / 1e6:.0f}"]
-            cells.append(f"{after / own:.0f}")
+            begun = median(found["mergekit start"], lambda r: r.seconds)
+            peak = median(found["mergekit"], lambda r: r.peak)
+            cells += [f"{theirs - begun:.1f}", f"{begun:.1f}", f"{peak / 1e6:.0f}"]
+            cells += [f"{(theirs - begun) / own:.1f}", f"{theirs / (own + start):.1f}"]
         elif rival:
-            cells += ["", "", ""]
+            cells += [""] * 5
         print("| " + " | ".join(cells) + " |")
 
 
