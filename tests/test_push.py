@@ -185,6 +185,7 @@ def test_push_as_a_pull_request(
     before = {"README.md": b"before", "model-00001-of-00001.safetensors": b"x"}
     hub.add("other/moe", before)
     assert "403: You don't have the rights" in member.fails(send, out, "other/moe")
+    assert not hub.asked("POST|PUT")  # it was known before anything was sent
     url = start(token=hub.reader).ask(send, out, "other/moe", pr=True)
     assert url == f"{hub.url}/other/moe/discussions/1"
     assert hub.files("other/moe", "refs/pr/1") == SINGLE
@@ -418,6 +419,9 @@ def test_dry_run_says_what_a_push_would_do(
     assert made["pull_request"] == made["url"] == f"{hub.url}/me/new/discussions/1"
     assert hub.repos["me/new"].branches["refs/pr/1"] == made["commit"]
     assert hub.repos["me/new"].messages[-1] == "words"
+    hub.add("me/new", SHARDED)
+    _, text, _ = member.ask(run, *command)
+    assert text.splitlines()[-1] == "me/new has all of it, on the branch main."
 
 
 def test_build_and_push(hub: HubServer, member: Client, llamas: Any, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,7 +60,8 @@ def push(
                 progress=progress,
             )
         if not dry_run:
-            made = publishing.carry_out(ready, message=message, shown=shown)
+            with _noting("what was sent is not sent again: the same command goes on"):
+                made = publishing.carry_out(ready, message=message, shown=shown)
             if as_json:
                 print_json(made.as_data())
             else:
@@ -102,17 +105,25 @@ def pushed(folder: Path, repo: str, private: bool | None, *, shown: bool) -> Pus
     """
     from moeforge import publishing
 
+    said = f"the model is finished, in {folder}; to push it: "
+    said += publishing.command(folder, repo, private)
     try:
-        with showing_progress(shown=shown) as progress:
-            ready = publishing.prepared(
-                folder, repo, private=private, verify=False, progress=progress
-            )
-        return publishing.carry_out(ready, shown=shown)
-    except (MoeforgeError, KeyboardInterrupt) as error:
-        again = publishing.command(folder, repo, private)
-        said = f"the model is finished, in {folder}; to push it: {again}"
-        if isinstance(error, MoeforgeError):
-            raise type(error)(*error.findings, said) from error
+        with _noting(said):
+            with showing_progress(shown=shown) as progress:
+                ready = publishing.prepared(
+                    folder, repo, private=private, verify=False, progress=progress
+                )
+            return publishing.carry_out(ready, shown=shown)
+    except MoeforgeError as error:
+        raise type(error)(*error.findings, said) from error
+
+
+@contextmanager
+def _noting(said: str) -> Iterator[None]:
+    """Say something where somebody stops what is in the block."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
         # The attribute behind add_note(), which Python 3.10 does not have.
         error.__notes__ = [*getattr(error, "__notes__", ()), said]  # type: ignore[attr-defined]
         raise
@@ -136,6 +147,9 @@ def _show(ready: Prepared) -> None:
     kind = {True: "private", False: "public", None: "with your account's visibility"}
     made = "" if access.exists else f" The repository would be made, {kind[access.private]}."
     where = f"a pull request to {branch}" if ready.pr else f"the branch {branch}"
+    if not (ready.state.add or ready.state.remove):
+        print_parts(table, escape(f"{access.repo_id} has all of it, on the branch {branch}."))
+        return
     count = len(ready.state.add)
     files = "1 file" if count == 1 else f"{count} files"
     line = f"{files}, {show_size(ready.nbytes)}, would go to {where} of {access.repo_id}.{made}"
