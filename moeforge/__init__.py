@@ -6,9 +6,16 @@ names do; what they raise is in `moeforge.errors`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeforge.version import __version__
+
+if TYPE_CHECKING:
+    from moeforge.forge import build, check, plan
+    from moeforge.proof.diff import diff
+    from moeforge.proof.verify import verify
+    from moeforge.publishing import push
+    from moeforge.rebuilding import rebuild
 
 __all__ = ["__version__", "build", "check", "diff", "plan", "push", "rebuild", "verify"]
 

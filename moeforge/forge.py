@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeforge import build_report, engine, sharing, tuning, vouch
+from moeforge.bars import Progress, watched
 from moeforge.checking import Report, check
 from moeforge.checking.needs import needs_of
 from moeforge.engine import Settings
@@ -28,6 +29,7 @@ from moeforge.prompting import with_selection
 from moeforge.ranks import Group
 from moeforge.recipe import LoadedRecipe, MoeRecipe
 from moeforge.routers import Routers, compute_routers, packed, unpacked
+from moeforge.shown import Shown
 
 if TYPE_CHECKING:
     from moeforge.gates import LayerFit
@@ -38,14 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "RecipeLike", "Report", "Result", "build", "check", "plan"]
 
 RecipeLike = str | Path | dict[str, Any] | LoadedRecipe
-Progress = Callable[[str, int, int], None]
-"""Called with the phase ("routers", "download", "tensors", "teachers", "router training",
-"held-out text", "routing", "verify"), what is done of it, and all of it; downloads, tensors and
-checks are counted in bytes."""
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Shown):
     """A finished build.
 
     Attributes:
@@ -57,6 +55,7 @@ class Result:
         tuned: what training the routers came to, if the recipe asks for it.
         routing: where a mixture sends its tokens; see `build_report.Measured`.
         verified: the checks that it passed; None where they were not asked for.
+        notes: what is worth knowing, warnings among it.
     """
 
     folder: Path
@@ -67,6 +66,7 @@ class Result:
     tuned: tuning.Tuned | None = None
     routing: RouteReport | None = None
     verified: Verified | None = None
+    notes: tuple[Finding, ...] = ()
 
 
 def plan(recipe: RecipeLike, *, offline: bool = False) -> Plan:
@@ -97,7 +97,7 @@ def build(
     verify: bool = True,
     hash_inputs: bool = False,
     group: Group | None = None,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress | bool = False,
     note: Callable[[Finding], None] = lambda finding: None,
 ) -> Result:
     """Build the model of a recipe.
@@ -116,13 +116,21 @@ def build(
         verify: check the output before it is published.
         hash_inputs: read inputs on this machine whole for the hashes in the lock file.
         group: the processes that make it together, from `ranks.joined`; all of them call this.
-        progress: told what is done.
-        note: told what is worth knowing: before work starts, and of the finished result.
+        progress: True to see it, in a terminal or a notebook; or what is called with the phase
+            ("routers", "download", "tensors", "teachers", "router training", "held-out text",
+            "routing", "verify"), what is done of it, and all of it; downloads, tensors and checks
+            are counted in bytes.
+        note: told at once what is worth knowing: before work starts, and of the finished result.
 
     Raises:
         MoeforgeError: with everything that is wrong; nothing was published.
     """
-    began = time.perf_counter()
+    began, seen, noted = time.perf_counter(), watched(progress), list[Finding]()
+
+    def remark(finding: Finding) -> None:
+        noted.append(finding)
+        note(finding)
+
     prepared = prepare(recipe, offline=offline)
     if strict:
         prepared.refuse_warnings()
@@ -131,9 +139,9 @@ def build(
     plan = prepared.plan
     target = Path(out) if out is not None else Path(prepared.loaded.stem)
     for finding in prepared.notes():
-        note(finding)
+        remark(finding)
     if group:
-        threads, progress = threads or group.threads, group.watching(progress)
+        threads, seen = threads or group.threads, group.watching(seen)
     settings = Settings(threads=threads, memory=memory, device=device, evict=evict)
     shards, fits = lay_out(plan.tensors, shard_size), tuple["LayerFit", ...]()
     refuse_existing(target, overwrite=overwrite)
@@ -146,7 +154,7 @@ def build(
         sharing.follow(group, plan, shards, settings)
         return Result(target, plan, time.perf_counter() - began, None)
     together = group.together() if group else nullcontext()
-    with building(target, identity, overwrite=overwrite, note=note) as journal, together:
+    with building(target, identity, overwrite=overwrite, note=remark) as journal, together:
         work = journal.folder
         _check_room(prepared, settings, target, sum(seal.nbytes for seal in journal.kept.values()))
         folder.copy_companions(plan.donor.folder, work)
@@ -154,17 +162,17 @@ def build(
             plan.tokenizer.write(work)
         if plan.experts:
             prepared = with_selection(
-                prepared, device=device, offline=offline, progress=progress, note=note
+                prepared, device=device, offline=offline, progress=seen, note=remark
             )
-            routers = _routers(prepared, journal, device, progress)
+            routers = _routers(prepared, journal, device, seen)
             plan = replace(plan, sources={**plan.sources, ROUTERS: routers.source})
             fits = routers.fits
         total = plan.nbytes
-        told = lambda done: progress("tensors", done, total)  # noqa: E731
+        told = lambda done: seen("tensors", done, total)  # noqa: E731
         if group:
-            sealed = sharing.lead(group, plan, shards, journal, settings, told, note)
+            sealed = sharing.lead(group, plan, shards, journal, settings, told, remark)
         else:
-            came = lambda done, total: progress("download", done, total)  # noqa: E731
+            came = lambda done, total: seen("download", done, total)  # noqa: E731
             sealed = engine.run(plan, shards, work, settings, told, journal.kept, journal.add, came)
         folder.write_json(work / "config.json", plan.config)
         for name, code in plan.code.items():
@@ -177,19 +185,20 @@ def build(
             plan,
             work,
             device=device,
-            progress=lambda step: progress("router training", step.number, step.steps),
-            teaching=lambda done, total: progress("teachers", done, total),
+            progress=lambda step: seen("router training", step.number, step.steps),
+            teaching=lambda done, total: seen("teachers", done, total),
             changing=journal.forget,
         )
-        found = build_report.measure_and_tell(prepared, plan, work, target, tuned, progress, note)
+        found = build_report.measure_and_tell(prepared, plan, work, target, tuned, seen, remark)
         asked = vouch.Asked(device, shard_size, memory, verify, hash_inputs)
         if tuned:
             sealed = {}  # the routers in them were written over
-        verified = vouch.vouch(prepared, plan, work, asked, sealed, progress, note)
+        verified = vouch.vouch(prepared, plan, work, asked, sealed, seen, remark)
     if group:
         group.tell(end=True)
     seconds = time.perf_counter() - began
-    return Result(target, plan, seconds, found.heldout, fits, tuned, found.routing, verified)
+    measured = (found.heldout, fits, tuned, found.routing, verified)
+    return Result(target, plan, seconds, *measured, tuple(noted))
 
 
 def _refuse_second_reading(prepared: Prepared, group: Group | None) -> None:

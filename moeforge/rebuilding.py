@@ -14,11 +14,12 @@ from moeforge.forge import Progress, Result, build
 from moeforge.output.lock import NAME, describe, inputs, read_lock, recipe_files, versions
 from moeforge.output.locked import built
 from moeforge.prepare import prepare
+from moeforge.shown import Shown
 from moeforge.sources import Source
 
 
-@dataclass(frozen=True)
-class Rebuilt:
+@dataclass(frozen=True, repr=False)
+class Rebuilt(Shown):
     """A build made again.
 
     Attributes:
@@ -48,7 +49,7 @@ def rebuild(
     overwrite: bool = False,
     offline: bool = False,
     verify: bool = True,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress | bool = False,
     note: Callable[[Finding], None] = lambda finding: None,
 ) -> Rebuilt:
     """Build again what a lock file tells of, from the same inputs, and compare the bytes.
@@ -62,8 +63,8 @@ def rebuild(
         overwrite: replace an existing model folder.
         offline: use only what is in the local Hub cache.
         verify: check the output before it is published.
-        progress: told what is done.
-        note: told what is worth knowing.
+        progress: as in `build`.
+        note: told at once what is worth knowing.
 
     Raises:
         SourceError: it is no lock file, or inputs have changed; all of them are named, and nothing

@@ -12,7 +12,7 @@ import moeforge
 ROOT = Path(moeforge.__file__).parent
 
 FLOORS = [
-    {"errors", "version", "sealed", "system"},
+    {"errors", "version", "sealed", "system", "bars", "shown"},
     {
         "tensors",
         "markdown",
@@ -50,6 +50,7 @@ FLOORS = [
         "rebuilding",
         "publishing",
         "starter",
+        "showing",
     },
     {"cli", "__main__"},
 ]
@@ -93,6 +94,13 @@ DOORS = {
     ("prepare", "rebuilding"),
     ("forge", "rebuilding"),
     ("tuning", "forge"),
+    ("checking", "showing"),
+    ("forge", "showing"),
+    ("rebuilding", "showing"),
+    ("tables", "showing"),
+    ("fit_tables", "showing"),
+    ("proof_tables", "showing"),
+    ("tuning", "showing"),
     ("cli", "__main__"),
 }
 """The only doors between rooms of one floor, from the used to the user."""

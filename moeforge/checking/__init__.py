@@ -13,10 +13,11 @@ from moeforge.checking.needs import Needs, needs_of
 from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
 from moeforge.plans import Plan
 from moeforge.prepare import Prepared, planner_for, prepare_with
+from moeforge.shown import Shown
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """What is known before a build: `errors` stop it, `notes` do not.
 
     Attributes:

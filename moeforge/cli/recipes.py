@@ -27,7 +27,6 @@ from moeforge.cli.shared import (
     print_json,
     print_parts,
     reporting,
-    show_size,
     showing_progress,
     watched,
 )
@@ -114,6 +113,7 @@ def _result_json(result: Result) -> dict[str, Any]:
         "active_parameters": plan.active_parameters,
         "bytes": plan.nbytes,
         "seconds": round(result.seconds, 3),
+        "notes": findings_json(result.notes),
     }
     if result.fits and plan.experts:
         from moeforge.fit_tables import fits_json
@@ -140,43 +140,14 @@ def _result_json(result: Result) -> dict[str, Any]:
 
 def _show_result(result: Result, *, verbose: bool) -> None:
     from rich.console import Console
-    from rich.markup import escape
 
-    from moeforge.markdown import amount
+    from moeforge.showing import built
 
-    plan = result.plan
     console = Console(highlight=False)
-    active = ""
-    if plan.experts:
-        active = f" ({amount(plan.active_parameters)} active)"
-    console.print(
-        f"[bold]{escape(str(result.folder))}[/]: {plan.config['architectures'][0]}, "
-        f"{amount(plan.parameters)} parameters{active}, {show_size(plan.nbytes)}, "
-        f"made in {result.seconds:.1f} s",
-        soft_wrap=True,
-    )
-    if verbose:
-        copied = f"{show_size(plan.bytes_copied)} copied as they are"
-        console.print(f"{len(plan.tensors)} tensors, {show_size(plan.bytes_read)} read, {copied}")
-    if verbose and result.fits and plan.experts:
-        from moeforge.fit_tables import fits_table
-
-        console.print(fits_table(result.fits, plan.experts))
-    if result.tuned:
-        from moeforge.tuning.tables import tuned_table
-
-        console.print("\nRouters trained", tuned_table(result.tuned))
-    if result.heldout:
-        from moeforge.tables import heldout_tables
-
-        for part in heldout_tables(result.heldout):
-            console.print(part)
-    if result.routing:
-        from moeforge.proof.route_summary import as_parts
-        from moeforge.proof.route_tables import as_tables
-
-        for part in as_tables(result.routing) if verbose else as_parts(result.routing):
-            console.print(part)
+    heading, *parts = built(result, verbose=verbose)
+    console.print(heading, soft_wrap=True)
+    for part in parts:
+        console.print(part)
 
 
 def check(

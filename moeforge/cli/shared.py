@@ -17,6 +17,7 @@ import typer
 
 from moeforge.cli.unexpected import debugging, hidden, mistake, trace, translated
 from moeforge.errors import BuildError, Finding, MoeforgeError
+from moeforge.shown import show_size as show_size
 from moeforge.system import open_file
 
 if TYPE_CHECKING:
@@ -126,7 +127,10 @@ def reporting(*, as_json: bool = False) -> Iterator[None]:
     except MoeforgeError as error:
         raise _told(error, error.findings, error.exit_code, as_json=as_json) from None
     except KeyboardInterrupt as error:
-        print("stopped; nothing was published", file=sys.stderr)
+        what = "stopped; nothing was published"
+        if as_json:
+            print_json({"errors": findings_json((Finding(what),))})
+        print(what, file=sys.stderr)
         _print_notes(error)
         raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
@@ -191,14 +195,6 @@ def showing_progress(*, shown: bool) -> Iterator[Progress]:
             display.update(tasks[phase], completed=finished, amount=amount)
 
         yield show
-
-
-def show_size(count: int) -> str:
-    """Return a number of bytes for people: 1.23 GB."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"
 
 
 def note(finding: Finding) -> None:

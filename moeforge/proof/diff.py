@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeforge.bars import Count, counted
+from moeforge.shown import Shown
 from moeforge.sources import Source, open_source
 from moeforge.system import cores
 from moeforge.tensors import DType, TensorSpec
@@ -102,8 +104,8 @@ class Compared:
         return _EXPERT.sub(r".\1.*.", f".{inner}")[1:].removesuffix(".weight")
 
 
-@dataclass(frozen=True)
-class Difference:
+@dataclass(frozen=True, repr=False)
+class Difference(Shown):
     """Two checkpoints, compared.
 
     Attributes:
@@ -146,7 +148,7 @@ def diff(
     b: str | Path,
     *,
     offline: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Count | bool = False,
 ) -> Difference:
     """Compare two checkpoints, tensor by tensor.
 
@@ -154,7 +156,7 @@ def diff(
         a: folder or Hub id, `id@revision` included.
         b: the same.
         offline: use only what is in the local Hub cache.
-        progress: told bytes of the first that were compared, and all of them.
+        progress: True to see it; or what is told bytes of the first that were compared, and all.
 
     Raises:
         SourceError: one is no checkpoint that can be read.
@@ -164,7 +166,7 @@ def diff(
     mine, theirs = one.specs(), other.specs()
     names = sorted(mine.keys() | theirs.keys(), key=_natural)
     total = sum(mine[name].nbytes for name in names if name in mine and name in theirs)
-    lock, done = threading.Lock(), 0
+    lock, done, tell = threading.Lock(), 0, counted(progress, "tensors")
 
     def compare(name: str) -> Compared:
         nonlocal done
@@ -174,7 +176,7 @@ def diff(
         equal, sums = _compare(one, other, name, left, right)
         with lock:
             done += left.nbytes
-            progress(done, total)
+            tell(done, total)
         return Compared(name, left, right, equal, sums)
 
     for source, specs in ((one, mine), (other, theirs)):  # what lies on the Hub is fetched once

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeforge.bars import counted
 from moeforge.errors import MoeforgeError
 from moeforge.proof.verify import child, files
 from moeforge.proof.verify.checks import FAILED, OK, SKIPPED, Check, Verified, judged, skipped
@@ -32,7 +33,7 @@ def verify(
     trust_remote_code: bool = False,
     sealed: Mapping[str, Sealed] | None = None,
     inherited: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress | bool = False,
 ) -> Verified:
     """Check everything that can be checked of a checkpoint folder; read it, change nothing.
 
@@ -49,7 +50,7 @@ def verify(
             they were written.
         inherited: its tensors have the names of those of the model it was made from: what
             transformers misses or has no place for is so there, too, and no mistake.
-        progress: told bytes that were read, and all of them.
+        progress: True to see it; or what is told bytes that were read, and all of them.
 
     Raises:
         SourceError: it is no checkpoint.
@@ -70,7 +71,7 @@ def verify(
     alone = size > _SMALL or "transformers" not in sys.modules
     other = child.start(folder, **options) if alone else None
     try:
-        checks += _read_all(source, sealed or {}, progress)
+        checks += _read_all(source, sealed or {}, counted(progress, "verify"))
         checks += [files.check_special_ids(source), files.check_template(folder)]
         if other:
             checks += child.finish(other)

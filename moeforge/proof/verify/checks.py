@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeforge.errors import Finding
+from moeforge.shown import Shown
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 
@@ -29,8 +30,8 @@ class Check:
     findings: tuple[Finding, ...] = ()
 
 
-@dataclass(frozen=True)
-class Verified:
+@dataclass(frozen=True, repr=False)
+class Verified(Shown):
     """All checks of a folder.
 
     Attributes:
