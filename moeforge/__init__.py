@@ -1,7 +1,7 @@
 """moeforge makes one language model out of several.
 
-`build`, `plan`, `check`, `verify`, `rebuild`, `diff` and `push` do what the commands of the same
-names do; what they raise is in `moeforge.errors`.
+`build`, `plan`, `check`, `verify`, `rebuild`, `diff`, `push`, `extract`, `experts` and `upcycle` do
+what the commands of the same names do; what they raise is in `moeforge.errors`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,32 @@ if TYPE_CHECKING:
     from moeforge.proof.verify import verify
     from moeforge.publishing import push
     from moeforge.rebuilding import rebuild
+    from moeforge.surgery import experts, extract, upcycle
 
-__all__ = ["__version__", "build", "check", "diff", "plan", "push", "rebuild", "verify"]
+__all__ = [
+    "__version__",
+    "build",
+    "check",
+    "diff",
+    "experts",
+    "extract",
+    "plan",
+    "push",
+    "rebuild",
+    "upcycle",
+    "verify",
+]
 
 _HOMES = {
     "build": "moeforge.forge",
     "check": "moeforge.forge",
     "diff": "moeforge.proof.diff",
+    "experts": "moeforge.surgery",
+    "extract": "moeforge.surgery",
     "plan": "moeforge.forge",
     "push": "moeforge.publishing",
     "rebuild": "moeforge.rebuilding",
+    "upcycle": "moeforge.surgery",
     "verify": "moeforge.proof.verify",
 }
 

@@ -5,202 +5,65 @@ An output tensor never needs another output tensor, so there is no schedule and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 from moeforge.errors import Finding
+from moeforge.expressions import (
+    Affine,
+    Columns,
+    Concat,
+    Dequantize,
+    Expr,
+    Fill,
+    Gather,
+    Lora,
+    Merge,
+    Noise,
+    Read,
+    Rows,
+    RowTable,
+    Same,
+    Shaped,
+    Transpose,
+    dump,
+    inputs,
+    walk,
+)
+from moeforge.shown import Shown
 from moeforge.sources import Source
 from moeforge.tensors import FLOAT32, DType, TensorSpec, promote
 from moeforge.vocabulary.change import TokenizerChange
 
-
-@dataclass(frozen=True)
-class Read:
-    """Tensor `name` of source `source`, as it is."""
-
-    source: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Inputs of one shape put through a merge method.
-
-    Attributes:
-        method: entry of the methods shelf.
-        inputs: expressions in the order of the recipe; a base that the method treats as one is
-            first.
-        params: shared parameters by name; per-input parameters as tuples along `inputs`.
-    """
-
-    method: str
-    inputs: tuple[Expr, ...]
-    params: tuple[tuple[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class Concat:
-    """Pieces one after the other in row-major order; along the first dimension, that is."""
-
-    pieces: tuple[tuple[Expr, TensorSpec], ...]
-
-
-@dataclass(frozen=True)
-class Fill:
-    """One value everywhere."""
-
-    value: float
-
-
-@dataclass(frozen=True)
-class Same:
-    """The first of `inputs` as it is; all must be equal, byte for byte. For integer buffers."""
-
-    inputs: tuple[Expr, ...]
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A matrix with a low-rank adapter applied: W + scale·B·A, all in float32.
-
-    Source: Hu et al., "LoRA", arXiv 2106.09685; with `magnitude`, Liu et al., "DoRA",
-    arXiv 2402.09353: the rows of the result are rescaled to the lengths in `magnitude`.
-
-    Attributes:
-        weight: W, [out, in]; with `transposed` [in, out].
-        a: A, [rank, in].
-        b: B, [out, rank].
-        scale: factor on the product, alpha/rank or alpha/√rank.
-        transposed: W is stored the other way round, so that (B·A)ᵀ is added: GPT-2's Conv1D
-            (`fan_in_fan_out`), and embeddings [vocabulary, hidden] with A [rank, vocabulary].
-        magnitude: DoRA's lengths, one for each output; None for plain LoRA.
-    """
-
-    weight: Expr
-    a: Read
-    b: Read
-    scale: float
-    transposed: bool = False
-    magnitude: Read | None = None
-
-
-@dataclass(frozen=True)
-class Dequantize:
-    """Float8 codes times their scales, in float32.
-
-    Attributes:
-        codes: float8 matrix [rows, columns].
-        scale: one factor for each block of the matrix: its shape is that of `codes` divided by
-            the block's, rounded up; one element for the whole matrix.
-    """
-
-    codes: Read
-    scale: Read
-
-
-@dataclass(frozen=True, eq=False)
-class RowTable:
-    """Where each row of a gathered matrix comes from; compared by identity.
-
-    Attributes:
-        source: for each row, index of the input it is taken from; ZERO for a row of zeros, MEAN
-            for the mean of several rows. An integer array [rows].
-        row: for each row, its number in that input; for MEAN rows the index into `means`. An
-            integer array [rows].
-        means: (input, row) pairs whose mean a MEAN row is.
-        padding: rows after these, each the mean of all rows before.
-    """
-
-    source: Any
-    row: Any
-    means: tuple[tuple[tuple[int, int], ...], ...] = ()
-    padding: int = 0
-
-    ZERO: ClassVar[int] = -1
-    MEAN: ClassVar[int] = -2
-
-
-@dataclass(frozen=True)
-class Gather:
-    """Rows of `inputs` put together anew: embeddings and heads of another vocabulary.
-
-    Attributes:
-        inputs: tensors [rows, …] that agree in everything but the number of rows.
-        table: where each row comes from.
-    """
-
-    inputs: tuple[Expr, ...]
-    table: RowTable
-
-
-@dataclass(frozen=True)
-class Rows:
-    """`count` rows of `whole` from row `first` on: a part of a fused projection.
-
-    Rows of a `Read` are a byte range, copied as it is.
-    """
-
-    whole: Expr
-    first: int
-    count: int
-
-
-@dataclass(frozen=True)
-class Affine:
-    """scale·x + shift, element by element, of `input`."""
-
-    input: Expr
-    scale: float = 1.0
-    shift: float = 0.0
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Matrices [rows, …] side by side, then columns of zeros up to `width` in all."""
-
-    inputs: tuple[Expr, ...]
-    width: int
-
-
-@dataclass(frozen=True)
-class Transpose:
-    """Matrix `input` the other way round."""
-
-    input: Expr
-
-
-_Leaf = Read | Fill
-Expr = (
-    _Leaf | Merge | Concat | Same | Lora | Dequantize | Gather | Rows | Affine | Columns | Transpose
-)
-
-
-def inputs(expr: Expr) -> tuple[Expr, ...]:
-    """Return the expressions that `expr` is made of."""
-    if isinstance(expr, (Merge, Same, Gather, Columns)):
-        return expr.inputs
-    if isinstance(expr, (Affine, Transpose)):
-        return (expr.input,)
-    if isinstance(expr, Rows):
-        return (expr.whole,)
-    if isinstance(expr, Concat):
-        return tuple(piece for piece, _ in expr.pieces)
-    if isinstance(expr, Lora):
-        adapter = (expr.a, expr.b)
-        return (expr.weight, *adapter, *((expr.magnitude,) if expr.magnitude else ()))
-    if isinstance(expr, Dequantize):
-        return (expr.codes, expr.scale)
-    return ()
-
-
-def walk(expr: Expr) -> Iterator[Expr]:
-    """Yield `expr` and everything below it."""
-    yield expr
-    for child in inputs(expr):
-        yield from walk(child)
+__all__ = [
+    "ROUTERS",
+    "Affine",
+    "Columns",
+    "Concat",
+    "Dequantize",
+    "Experts",
+    "Expr",
+    "Fill",
+    "Gather",
+    "Lora",
+    "Merge",
+    "Noise",
+    "Plan",
+    "PlannedTensor",
+    "Read",
+    "RowTable",
+    "Rows",
+    "Same",
+    "Shaped",
+    "Transpose",
+    "dump",
+    "inputs",
+    "pieces",
+    "walk",
+]
 
 
 @dataclass(frozen=True)
@@ -249,12 +112,12 @@ ROUTERS = "routers"
 """Key of the source that holds the router weights; it exists once the gates are computed."""
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """Everything about an output but its bytes.
 
     Attributes:
-        kind: "moe", "stack" or "merge".
+        kind: "moe", "stack", "merge", "extraction" or "regrouping".
         tensors: the output, in the order in which it is written.
         config: its config.json.
         sources: the checkpoints that expressions read, by key.
@@ -264,6 +127,7 @@ class Plan:
         left_out: input tensors that knowingly have no place, with the reason; others are read.
         notes: what is worth knowing, and no error.
         code: files of program text that belong to the output, by name.
+        idle: parameters that a token passes by, where a mixture goes in and a mixture comes out.
     """
 
     kind: str
@@ -276,6 +140,7 @@ class Plan:
     left_out: Mapping[Read, str] = field(default_factory=dict)
     notes: tuple[Finding, ...] = ()
     code: Mapping[str, str] = field(default_factory=dict)
+    idle: int = 0
 
     @cached_property
     def parameters(self) -> int:
@@ -286,7 +151,7 @@ class Plan:
     def active_parameters(self) -> int:
         """Number of parameters that each token passes through."""
         if self.experts is None:
-            return self.parameters
+            return self.parameters - self.idle
         idle = 1 - self.experts.per_token / len(self.experts.labels)
         return self.parameters - round(self.experts.parameters * idle)
 
@@ -309,7 +174,10 @@ class Plan:
             return spec.nbytes if rows is None else rows * spec.nbytes // max(spec.shape[0], 1)
         if isinstance(expr, Rows):
             return self._bytes_of(expr.whole, expr.count if rows is None else rows)
-        if not isinstance(expr, (Merge, Same, Affine, Columns)):
+        if isinstance(expr, Shaped) and rows is not None:
+            shape = self.shape(expr.input)
+            rows = rows * prod(expr.shape[1:]) // max(prod(shape[1:]), 1)
+        elif not isinstance(expr, (Merge, Same, Affine, Columns, Noise)):
             rows = None  # of the inputs of the others not the same rows are read
         return sum(self._bytes_of(child, rows) for child in inputs(expr))
 
@@ -334,6 +202,8 @@ class Plan:
         """Return the tensor that `expr` is rows of, and their first element; None for others."""
         if isinstance(expr, Read):
             return expr, 0
+        if isinstance(expr, Shaped):
+            return self.origin(expr.input)
         if not isinstance(expr, Rows) or (found := self.origin(expr.whole)) is None:
             return None
         return found[0], found[1] + expr.first * prod(self.shape(expr)[1:])
@@ -342,6 +212,8 @@ class Plan:
         """Return the shape of `expr`, which is neither a `Concat` nor a `Fill`."""
         if isinstance(expr, Read):
             return self.sources[expr.source].specs()[expr.name].shape
+        if isinstance(expr, Shaped):
+            return expr.shape
         shape = self.shape(inputs(expr)[0])
         if isinstance(expr, Rows):
             assert 0 <= expr.first <= expr.first + expr.count <= shape[0], "planners stay inside"
@@ -373,28 +245,3 @@ def pieces(tensor: PlannedTensor) -> tuple[tuple[Expr, TensorSpec], ...]:
     if isinstance(tensor.expr, Concat):
         return tensor.expr.pieces
     return ((tensor.expr, tensor.spec),)
-
-
-def dump(expr: Expr) -> Any:
-    """Return `expr` as plain data for JSON."""
-    if isinstance(expr, Read):
-        return {"read": [expr.source, expr.name]}
-    if isinstance(expr, Fill):
-        return {"fill": expr.value}
-    below = [dump(child) for child in inputs(expr)]
-    if isinstance(expr, Merge):
-        return {"merge": expr.method, "inputs": below, **dict(expr.params)}
-    if isinstance(expr, Gather):
-        return {"gather": below, "rows": len(expr.table.source) + expr.table.padding}
-    if isinstance(expr, Lora):
-        lora = {"lora": below, "scale": expr.scale}
-        return {**lora, "transposed": expr.transposed, "dora": expr.magnitude is not None}
-    if isinstance(expr, Rows):
-        return {"rows": [expr.first, expr.first + expr.count], "of": below[0]}
-    if isinstance(expr, Affine):
-        return {"affine": below[0], "scale": expr.scale, "shift": expr.shift}
-    if isinstance(expr, Columns):
-        return {"columns": below, "width": expr.width}
-    if isinstance(expr, Transpose):
-        return {"transpose": below[0]}
-    return {type(expr).__name__.lower(): below}

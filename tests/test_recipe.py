@@ -57,7 +57,7 @@ experts:
   - source_model: ./b
     positive_prompts: hello
   - source_model: ./c
-    noise_scale: 0.1
+    noise_scale: -0.1
 gate_mode: fited
 architecture: mixtrall
 dtype: bf16
@@ -86,7 +86,7 @@ def test_every_mistake_is_reported_at_once_with_line_path_and_nearest_word():
         (what,) = (what for (at, _), what in found.items() if at == line)
         assert f'did you mean "{word}"?' in what
     assert "expected a list" in found[6, "$.experts[1].positive_prompts"]
-    assert "not supported by this version" in found[8, "$.experts[2].noise_scale"]
+    assert "at least 0" in found[8, "$.experts[2].noise_scale"]
 
 
 NESTED = """\

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moeforge.cli import cards, mixtures, models, prompts, proofs, push, recipes, starter
+from moeforge.cli import cards, mixtures, models, prompts, proofs, push, recipes, starter, surgery
 from moeforge.cli.unexpected import DEBUG
 from moeforge.cli.usage import Commands, prepare_streams
 from moeforge.version import __version__
@@ -33,6 +33,9 @@ for command in (
     cards.card,
     mixtures.route,
     mixtures.tune,
+    surgery.extract,
+    surgery.experts,
+    surgery.upcycle,
     proofs.verify,
     proofs.rebuild,
     proofs.diff,

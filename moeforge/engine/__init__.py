@@ -28,10 +28,12 @@ from moeforge.plans import (
     Fill,
     Lora,
     Merge,
+    Noise,
     Plan,
     Read,
     Rows,
     Same,
+    Shaped,
     Transpose,
     inputs,
     pieces,
@@ -101,9 +103,9 @@ def buffers_needed(plan: Plan) -> tuple[int, int, int]:
 def _held(expr: Expr) -> int:
     """Return the slices that are held while one of `expr` is made, that one apart."""
     below = max(map(_held, inputs(expr)), default=0)
-    if isinstance(expr, Affine):
+    if isinstance(expr, (Affine, Noise)):
         return below + 1
-    if isinstance(expr, (Read, Fill, Same, Rows, Transpose)):
+    if isinstance(expr, (Read, Fill, Same, Rows, Shaped, Transpose)):
         return below
     # While one input is computed, there is room for the results of all; at least two of them.
     return below + max(2, len(inputs(expr)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moeforge import kernels, methods
-from moeforge.engine import WINDOW, reshape, rows
+from moeforge.engine import WINDOW, noise, reshape, rows
 from moeforge.engine.buffers import Buffer, Window
 from moeforge.methods import BLOCK, PADDING, Place, Scan
 from moeforge.plans import (
@@ -25,11 +25,14 @@ from moeforge.plans import (
     Gather,
     Lora,
     Merge,
+    Noise,
     Plan,
     Read,
     Rows,
     Same,
+    Shaped,
     Transpose,
+    inputs,
     walk,
 )
 from moeforge.tensors import BY_NAME, DType
@@ -161,8 +164,8 @@ class Evaluator:
 
     def _stored(self, expr: Expr) -> DType | None:
         """Return the dtype of `expr` on disk if its bytes lie there as they are."""
-        while isinstance(expr, (Same, Rows)):
-            expr = expr.inputs[0] if isinstance(expr, Same) else expr.whole
+        while isinstance(expr, (Same, Rows, Shaped)):
+            expr = inputs(expr)[0]
         if isinstance(expr, Read):
             return self.plan.sources[expr.source].specs()[expr.name].dtype
         return None
@@ -175,6 +178,9 @@ class Evaluator:
             return
         if isinstance(expr, Rows):
             self._raw(expr.whole, start + self._before(expr), out)
+            return
+        if isinstance(expr, Shaped):
+            self._raw(expr.input, start, out)
             return
         assert isinstance(expr, Same)
         first, *others = expr.inputs
@@ -278,12 +284,17 @@ class Evaluator:
             self._merge(expr, working, whole, start, out)
         elif isinstance(expr, Rows):
             self.fill(expr.whole, working, whole, start + self._before(expr), out)
-        elif isinstance(expr, Affine):
+        elif isinstance(expr, Shaped):
+            self.fill(expr.input, working, whole, start, out)
+        elif isinstance(expr, (Affine, Noise)):
             value = out if out.dtype == working else self._take(working, count)
             self.fill(expr.input, working, whole, start, value)
-            value.mul_(expr.scale)
-            if expr.shift:  # adding zero would take the sign from zeros
-                value.add_(expr.shift)
+            if isinstance(expr, Noise):
+                noise.add(value, expr.scale, expr.key, start)
+            else:
+                value.mul_(expr.scale)
+                if expr.shift:  # adding zero would take the sign from zeros
+                    value.add_(expr.shift)
             if value is not out:
                 out.copy_(value)
         elif isinstance(expr, Columns):

@@ -90,15 +90,19 @@ def half_split(tensor: PlannedTensor, head_dim: int, rotated: int | None = None)
     return permuted(tensor, [head * head_dim + i for head in range(heads) for i in within])
 
 
-def interleaved(tensor: PlannedTensor, head_dim: int, rotated: int) -> PlannedTensor:
+def interleaved(
+    tensor: PlannedTensor, head_dim: int, rotated: int, *, leading: bool = False
+) -> PlannedTensor:
     """Return a projection for rotary embeddings of neighbouring dimensions: `half_split` undone.
 
     Args:
         tensor: [heads · head_dim, …], rotated in two halves.
         head_dim: rows per head.
         rotated: dimensions at the end of each head that are rotated.
+        leading: they are at its beginning.
     """
-    plain, half = head_dim - rotated, rotated // 2
-    within = [*range(plain), *(plain + i + j * half for i in range(half) for j in range(2))]
+    first, half = 0 if leading else head_dim - rotated, rotated // 2
+    turned = [first + i + j * half for i in range(half) for j in range(2)]
+    within = [*range(first), *turned, *range(first + rotated, head_dim)]
     heads = tensor.spec.shape[0] // head_dim
     return permuted(tensor, [head * head_dim + i for head in range(heads) for i in within])

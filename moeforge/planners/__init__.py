@@ -10,19 +10,23 @@ from moeforge.errors import Finding, MoeforgeError, Path, PlanError, SourceError
 from moeforge.planners.account import accounted
 from moeforge.planners.adapters import apply_adapter
 from moeforge.planners.combine import Seed
+from moeforge.planners.extract import plan_extract
 from moeforge.planners.merge import plan_merge
 from moeforge.planners.model import HEAD, Findings, Model, from_source
 from moeforge.planners.modules import plan_modules
 from moeforge.planners.moe import plan_moe
+from moeforge.planners.regroup import idle, plan_regroup
 from moeforge.planners.stack import plan_stack
 from moeforge.plans import Plan
 from moeforge.recipe import (
     Adapter,
+    ExtractRecipe,
     MergeRecipe,
     ModulesRecipe,
     MoeRecipe,
     Recipe,
     Reference,
+    RegroupRecipe,
     StackRecipe,
 )
 from moeforge.sources import Source
@@ -30,6 +34,13 @@ from moeforge.sources import Source
 Open = Callable[["Reference | Adapter"], Source]
 
 __all__ = ["Model", "Planner"]
+
+_KINDS: dict[type[Recipe], str] = {
+    StackRecipe: "stack",
+    ExtractRecipe: "extraction",
+    RegroupRecipe: "regrouping",
+}
+"""What the plan of a recipe is called; a merge otherwise."""
 
 
 @dataclass
@@ -93,9 +104,8 @@ class Planner:
         model = self._combined(recipe, (), (self._draws.seed, 0), self._draws)
         if model is None:
             return None
-        kind = "stack" if isinstance(recipe, StackRecipe) else "merge"
         return Plan(
-            kind,
+            _KINDS.get(type(recipe), "merge"),
             tuple(model.tensors.values()),
             model.config,
             model.sources,
@@ -103,6 +113,7 @@ class Planner:
             tokenizer=model.tokenizer,
             left_out=model.left_out,
             notes=tuple(self.notes),
+            idle=idle(model) if isinstance(recipe, RegroupRecipe) else 0,
         )
 
     def _combined(self, recipe: Recipe, path: Path, seed: Seed, draws: _Draws) -> Model | None:
@@ -110,6 +121,10 @@ class Planner:
             return self.model(entry, here, draws)
 
         notes = self.notes
+        if isinstance(recipe, ExtractRecipe):
+            return plan_extract(recipe, resolve, path, self.findings, notes)
+        if isinstance(recipe, RegroupRecipe):
+            return plan_regroup(recipe, resolve, path, self.findings)
         if isinstance(recipe, StackRecipe):
             return plan_stack(recipe, resolve, path, self.findings, notes, seed)
         if isinstance(recipe, ModulesRecipe):

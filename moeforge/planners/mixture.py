@@ -9,6 +9,7 @@ from moeforge.configs import Config, portable
 from moeforge.dense import EMBEDDINGS, HEAD, complete
 from moeforge.errors import Finding, SourceError
 from moeforge.families import PARTS, Family, Fill, Tensors
+from moeforge.methods._random import derive
 from moeforge.planners.homes import Home, accept, in_words_of
 from moeforge.planners.model import Findings, Model, listing, natural
 from moeforge.planners.parts import (
@@ -20,7 +21,7 @@ from moeforge.planners.parts import (
     scaled,
     side_by_side,
 )
-from moeforge.plans import ROUTERS, Plan, PlannedTensor, Read, Transpose
+from moeforge.plans import ROUTERS, Noise, Plan, PlannedTensor, Read, Transpose
 from moeforge.plans import Fill as FillExpr
 from moeforge.tensors import BY_NAME, DType, TensorSpec
 
@@ -230,6 +231,10 @@ class Assembly:
 
     def _expert_tensor(self, expert: ExpertParts, index: int, part: str) -> PlannedTensor:
         tensor = self.views(expert.models[index])[f"model.layers.{index}.mlp.{part}"]
+        if expert.entry.noise_scale and tensor.spec.dtype.mergeable:
+            key = derive(self.parts.recipe.seed, *expert.path, index, part)
+            noisy = Noise(tensor.expr, expert.entry.noise_scale, key)
+            tensor = PlannedTensor(tensor.name, tensor.spec, noisy)
         return scaled(tensor, expert.entry.residual_scale) if part == DOWN else tensor
 
     def _dtype(self, index: int, part: str) -> DType:

@@ -102,6 +102,9 @@ class Mlps:
             if expert.entry.residual_scale != 1.0 and not any(map(_OUTPUT.match, theirs)):
                 what = f"residual_scale: which of {listing(sorted(theirs))} it scales is not known"
                 findings.error(what, "Leave it out.", expert.path)
+            if expert.entry.noise_scale:
+                what = "noise_scale: a mixture with code of its own has its experts without noise"
+                findings.error(what, "Leave it out.", expert.path)
         return len(findings) == before
 
     def _choose_width(self, findings: Findings, path: Path) -> None:

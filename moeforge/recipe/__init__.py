@@ -28,16 +28,19 @@ from moeforge.recipe.schema import (
     SliceSource,
     StackRecipe,
 )
+from moeforge.recipe.surgery import AVERAGE, ExtractRecipe, RegroupRecipe
 from moeforge.recipe.tuning import Tuning
 from moeforge.texts import expanded, read_text
 
 __all__ = [
+    "AVERAGE",
     "NO_HOMES",
     "REMOTE",
     "Adapter",
     "Combination",
     "Document",
     "Expert",
+    "ExtractRecipe",
     "GateParameters",
     "LayerSource",
     "LoadedRecipe",
@@ -48,6 +51,7 @@ __all__ = [
     "Prompt",
     "Recipe",
     "Reference",
+    "RegroupRecipe",
     "Slice",
     "SliceSource",
     "StackRecipe",

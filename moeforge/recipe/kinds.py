@@ -12,12 +12,15 @@ from moeforge.recipe.mixture import MoeRecipe
 from moeforge.recipe.parameters import Condition
 from moeforge.recipe.schema import MergeInput, MergeRecipe, ModulesRecipe, Recipe, StackRecipe
 from moeforge.recipe.strict import wrong
+from moeforge.recipe.surgery import ExtractRecipe, RegroupRecipe
 
 KINDS: dict[str, type[Recipe]] = {
     "experts": MoeRecipe,
     "slices": StackRecipe,
     "models": MergeRecipe,
     "modules": ModulesRecipe,
+    "extract": ExtractRecipe,
+    "regroup": RegroupRecipe,
 }
 """Which kind of recipe it is follows from its keys."""
 

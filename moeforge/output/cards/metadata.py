@@ -16,7 +16,7 @@ _TASKS = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
 }
-_KINDS = {"moe": ("moe",), "stack": ("frankenmerge",)}
+_KINDS = {"moe": ("moe",), "regrouping": ("moe",), "stack": ("frankenmerge",)}
 
 
 def pipeline(config: Mapping[str, Any], *, sentences: bool) -> str:

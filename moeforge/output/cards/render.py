@@ -65,6 +65,7 @@ def _sections(facts: Facts, recipe: str) -> Iterator[str]:
         yield from _experts(facts.mixture)
     if facts.tables:
         yield "## Measured on held-out text"
+        yield "Loss in nats per token: lower is better."
         yield from facts.tables
     if facts.routing:
         yield "## Where tokens go"
@@ -93,6 +94,10 @@ def _summary(facts: Facts) -> str:
         )
     elif facts.kind == "stack":
         text = f"Layers of {count}, stacked ({code(facts.architecture)})."
+    elif facts.kind == "extraction":
+        text = f"A dense model ({code(facts.architecture)}) out of a mixture of experts."
+    elif facts.kind == "regrouping":
+        text = f"A mixture ({code(facts.architecture)}) with experts that another mixture had."
     else:
         text = f"A merge of {count} ({code(facts.architecture)})."
     return text + (f" Merged by {merged}." if merged else "")
