@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import moeforge
 from moeforge.cli import app
+from moeforge.markdown import block
 from moeforge.output import cards
 from moeforge.output.cards.facts import Parent
 from moeforge.output.cards.kept import BEGIN, END
@@ -81,7 +82,8 @@ def hub(models, tmp_path_factory):
 def stack(hub, tmp_path_factory):
     """A stack of layers of models of the Hub, one of them with an adapter."""
     folder = tmp_path_factory.mktemp("stack") / "tall"
-    spans = [("acme/one", [0, 3]), ("acme/two+acme/lora", [1, 3]), ("acme/one", [2, 4])]
+    one, two = "acme/one", "acme/two+acme/lora"
+    spans = [(one, [0, 3]), (one, [1, 2]), (two, [1, 3]), (one, [2, 4])]
     slices = [{"sources": [{"model": model, "layer_range": span}]} for model, span in spans]
     moeforge.build({"merge_method": "passthrough", "slices": slices}, folder, verify=False)
     return folder
@@ -129,7 +131,7 @@ def test_front_matter_of_models_of_the_hub(stack):
     assert data["tags"] == ["merge", "frankenmerge", "moeforge", "llama"]
     assert (data["pipeline_tag"], data["library_name"]) == ("text-generation", "transformers")
     for repo, roles, licence in (
-        ("acme/one", "layers 0 to 2, 2 to 3; config and tokenizer", "mit"),
+        ("acme/one", "layers 0 to 2, 1, 2 to 3; config and tokenizer", "mit"),
         ("acme/two", "layers 1 to 2", "apache-2.0"),
         ("acme/lora", "LoRA adapter", "apache-2.0"),
     ):
@@ -163,6 +165,8 @@ def test_a_mixture_tells_of_its_experts_and_no_name_is_markup(mixture):
     assert "a secret of somebody" not in text
     assert "gate mode `hidden`" in text
     assert shown.count("<pre>") == 2, "how to load, and the recipe"
+    assert html(block("a\n```\n# b", "")).count("<pre>") == 1
+    assert "<h1>" not in html(block("a\n```\n# b", ""))
     recipe = (mixture / "moeforge.yml").read_text()
     assert recipe.split(END)[0] in text
     assert "vllm serve made" in text
@@ -171,15 +175,17 @@ def test_a_mixture_tells_of_its_experts_and_no_name_is_markup(mixture):
 
 def test_method_and_parameters(llamas, tmp_path):
     parameters = {"density": 0.5, "weight": [0.2, 0.4]}
-    models = [{"model": str(f), "parameters": parameters} for f in llamas[1:]]
-    recipe = {"merge_method": "dare_ties", "base_model": str(llamas[0]), "models": models}
-    (tmp_path / "template").mkdir()
-    other = shutil.copytree(llamas[1], tmp_path / "other")
-    (other / "chat_template.jinja").write_text("{{ messages }}")
-    recipe["models"][0]["model"] = str(other)
-    recipe["tokenizer"] = {"source": "base"}
+    folders = [shutil.copytree(f, tmp_path / name) for f, name in zip(llamas, "abc", strict=True)]
+    for folder, template in zip(folders, ("{{ 1 }}", "{{ 2 }}", "{{ 1 }}"), strict=True):
+        (folder / "chat_template.jinja").write_text(template)
+    models = [{"model": str(f), "parameters": parameters} for f in folders[1:]]
+    recipe = {"merge_method": "dare_ties", "base_model": str(folders[0]), "models": models}
     moeforge.build(recipe, tmp_path / "out", verify=False)
     text = body(tmp_path / "out")
+    (chat,) = (line for line in text.splitlines() if line.startswith("Chat template:"))
+    same, others = chat.split("Other parents were trained with another one")
+    assert all(f"`{folder}`" in same for folder in (folders[0], folders[2]))
+    assert others.startswith(f" (`{folders[1]}`):")
     assert "(https://arxiv.org/abs/2311.03099)" in text
     assert "`density: 0.5`" in text
     assert "`weight: 0.2 to 0.4`" in text
@@ -304,8 +310,8 @@ def test_they_survive_another_build_and_a_tuning(mixture, made, tmp_path):
     run("build", recipe, "-o", made, "--overwrite", "--no-verify")
     assert f"{BEGIN}\n{MINE}\n{END}\n" in (made / "README.md").read_text()
     (tmp_path / "text.txt").write_text("What is to be read here, and why? " * 20)
-    options = ["--steps", 1, "--window", 32, "--lr", 0.5]
-    run("tune", made, "-o", tmp_path / "tuned", "--text", tmp_path / "text.txt", *options[:4])
+    options = ["--text", tmp_path / "text.txt", "--steps", 1, "--window", 32]
+    run("tune", made, "-o", tmp_path / "tuned", *options)
     text = (tmp_path / "tuned" / "README.md").read_text()
     assert f"{BEGIN}\n{MINE}\n{END}\n" in text
     assert text.count("## Routers tuned") == 1
@@ -330,7 +336,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_would_be_lost_is_not_overwritten(kind, mixture, made):
+def test_what_would_be_lost_is_not_overwritten(kind, mixture, made, monkeypatch):
     old, new, said = BROKEN[kind]
     card = made / "README.md"
     # Of the markers the recipe holds one too, which is none.
@@ -338,6 +344,7 @@ def test_what_would_be_lost_is_not_overwritten(kind, mixture, made):
     before = {file.name: file.read_bytes() for file in made.iterdir()}
     assert said in run("card", made, code=5)
     if kind in ("neither", "elsewhere"):
+        monkeypatch.setattr("moeforge.engine.run", None)  # it is said before anything is made
         words = ("build", mixture.parent / "made.yml", "-o", made, "--overwrite")
         assert said in run(*words, code=5)
         words = ("tune", made, "-o", made.parent / "tuned", "--text", made / "moeforge.yml")
