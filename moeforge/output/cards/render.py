@@ -98,6 +98,8 @@ def _summary(facts: Facts) -> str:
         text = f"A dense model ({code(facts.architecture)}) out of a mixture of experts."
     elif facts.kind == "regrouping":
         text = f"A mixture ({code(facts.architecture)}) with experts that another mixture had."
+    elif len(models) == 1:
+        text = f"Made out of one model, as its recipe says ({code(facts.architecture)})."
     else:
         text = f"A merge of {count} ({code(facts.architecture)})."
     return text + (f" Merged by {merged}." if merged else "")
