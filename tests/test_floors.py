@@ -51,6 +51,7 @@ FLOORS = [
         "publishing",
         "starter",
         "showing",
+        "surgery",
     },
     {"cli", "__main__"},
 ]

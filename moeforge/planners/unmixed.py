@@ -206,7 +206,8 @@ def _by_templates(
     for name, tensor in tensors.items():
         match = _FUSED.match(name)
         if not match or len(tensor.spec.shape) != 3:
-            result[_router(name, tensor, family)] = tensor
+            name = _router(name, family)
+            result[name] = replace(tensor, name=name)
             continue
         layer = int(match[1].split(".")[2])
         parts = (DOWN,) if match[2] == "down_proj" else ("gate_proj.weight", "up_proj.weight")
@@ -218,7 +219,7 @@ def _by_templates(
     return result
 
 
-def _router(name: str, tensor: PlannedTensor, family: Family) -> str:
+def _router(name: str, family: Family) -> str:
     """Return the name of a router in the family's template, or `name` if it is none."""
     match = re.match(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.weight$", name)
     return family.router.format(layer=match[1]) if match else name
