@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _Mixture = Annotated[str, typer.Argument(metavar="MOE", help="A mixture: folder or Hub id.")]
 _Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder.", show_default=False)]
-_DType = Annotated[str | None, typer.Option(help="Dtype of the result [default: as it is stored].")]
+_DType = Annotated[str | None, typer.Option(help="Dtype of the result (default: as it is stored).")]
 _TopK = Annotated[int | None, typer.Option("--top-k", min=1, help="Experts for each token.")]
 
 
