@@ -64,6 +64,16 @@ class Finding:
     line: int = 0
     warning: bool = False
 
+    def as_data(self) -> dict[str, object]:
+        """Return it as plain data for JSON."""
+        return {
+            "what": self.what,
+            "fix": self.fix,
+            "path": list(self.path),
+            "line": self.line or None,
+            "warning": self.warning,
+        }
+
     def __str__(self) -> str:
         places = [f"line {self.line}"] if self.line else []
         places += [show_path(self.path)] if self.path else []

@@ -42,7 +42,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
             }
             for each in comparison.models
         ],
-        "notes": [str(note) for note in comparison.notes],
+        "notes": [note.as_data() for note in comparison.notes],
     }
 
 

@@ -40,9 +40,7 @@ def checks_json(found: Verified) -> dict[str, Any]:
                 "name": check.name,
                 "state": check.state,
                 "detail": check.detail,
-                "findings": [
-                    {"what": f.what, "fix": f.fix, "warning": f.warning} for f in check.findings
-                ],
+                "findings": [finding.as_data() for finding in check.findings],
             }
             for check in found.checks
         ],

@@ -49,7 +49,7 @@ def describe(prepared: Prepared, shard_size: int) -> dict[str, Any]:
         "peak_memory": peak_memory(prepared, Settings()),
         "config": plan.config,
         "sources": list(plan.sources),
-        "notes": [str(note) for note in plan.notes],
+        "notes": [note.as_data() for note in plan.notes],
         "left_out": {f"{at.source}: {at.name}": why for at, why in plan.left_out.items()},
         "tensors": [
             {

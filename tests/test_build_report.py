@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from documented import hold
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -206,6 +207,7 @@ def test_build_shows_routing_and_fits(recipe, tmp_path):
     path = tmp_path / "mixture.yml"
     path.write_text(yaml.safe_dump(recipe(gate_parameters={"balance": 1})))
     data = json.loads(run("build", path, "-o", tmp_path / "json", "--json"))
+    hold("build", data)
     expected = counted(tmp_path / "json", TEXTS)
     for layer, found in enumerate(data["routing"]["layers"]):
         assert found["load"] == pytest.approx(expected[layer].tolist(), abs=1e-5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from documented import hold
 from pydantic import ValidationError
 from sklearn.linear_model import Ridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -531,6 +532,8 @@ def test_results_can_be_shown_and_written_as_json(embed):
     assert all(part in printed for part in ("[cook]", "0 [a]", "0.60", "One [bold]two", "b.jsonl"))
     data = [shown.selection_json(kept), shown.overlap_json(apart), shown.clusters_json(divided)]
     assert json.loads(json.dumps(data)) == data
+    for table, each in zip(("prompts select", "prompts", "prompts cluster"), data, strict=True):
+        hold(table, each)
     assert data[1]["accuracy"][0] == [None, 0.6, None]
 
 

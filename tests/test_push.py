@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documented import hold
 from hub_server import HubServer
 from test_hub import INDEX, ONE, SHARDED, SINGLE, TWO, Client, pack, serve, write
 
@@ -412,10 +413,12 @@ def test_dry_run_says_what_a_push_would_do(
     assert {file["path"] for file in found["upload"]} == SHARDED.keys() - {ONE, "LICENSE"}
     assert found["bytes"] == sum(map(len, SHARDED.values())) - len(SHARDED[ONE]) - 3
     assert found["remove"] == ["model.safetensors"]
+    hold("push", found)
     assert (found["exists"], found["private"], found["revision"]) == (True, False, "main")
     assert not hub.asked("PUT|POST")
     code, text, _ = member.ask(run, *command[:-1], "--json", "--pr", "-m", "words")
     made = json.loads(text)
+    hold("push", made)
     assert made["pull_request"] == made["url"] == f"{hub.url}/me/new/discussions/1"
     assert hub.repos["me/new"].branches["refs/pr/1"] == made["commit"]
     assert hub.repos["me/new"].messages[-1] == "words"

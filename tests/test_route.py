@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from documented import hold
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
@@ -213,6 +214,7 @@ def test_where_scores_are_of_a_kind_of_their_own_entropy_is_left_open(models, tm
     folder = models("phimoe", seed=3, **zoo.ZOO["phimoe"])
     report = route(str(folder), prompt_files(tmp_path))
     data = json.loads(json.dumps(route_tables.as_data(report), allow_nan=False))
+    hold("route", data)
     assert [layer["entropy"] for layer in data["layers"]] == [None] * 4
     assert "—" in route_page.render(report)
 

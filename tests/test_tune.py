@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from documented import hold
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -535,6 +536,7 @@ def test_a_tuning_tells_of_itself(made, tmp_path):
     assert all(sum(step.load) == pytest.approx(1) for step in steps)
     assert "load" in step_line(steps[1], 1.0)
     plain = json.loads(json.dumps(tuned_json(tuned)))
+    hold("tune", plain)
     assert plain["improved"]
     assert plain["heldout"] == {"before": tuned.start, "after": tuned.best}
     assert tuned_table(tuned).row_count == 2
@@ -583,6 +585,7 @@ def test_the_command_says_in_json_what_training_came_to(made, tmp_path):
     run = CliRunner().invoke(app, ["build", str(path), "-o", str(tmp_path / "out"), "--json"])
     assert run.exit_code == 0, run.output
     tuned = json.loads(run.stdout)["tuned"]
+    hold("build", json.loads(run.stdout))
     assert tuned["heldout"]["after"] <= tuned["heldout"]["before"]
     assert 0 < tuned["steps"] <= FAST["steps"]
 

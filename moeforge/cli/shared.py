@@ -85,16 +85,7 @@ def print_json(data: Any) -> None:
 
 def findings_json(findings: tuple[Finding, ...]) -> list[dict[str, Any]]:
     """Return findings as plain data."""
-    return [
-        {
-            "what": f.what,
-            "fix": f.fix,
-            "path": list(f.path),
-            "line": f.line or None,
-            "warning": f.warning,
-        }
-        for f in findings
-    ]
+    return [finding.as_data() for finding in findings]
 
 
 class _Terminated(KeyboardInterrupt):
