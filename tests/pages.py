@@ -2,6 +2,7 @@
 
 `<!-- usage -->`: its commands run, `<!-- usage: exit 2 -->` where they shall fail so, and
 `<!-- usage: hub -->` where they speak with the Hub, as the user `you`.
+`<!-- example: plan here -->`: a recipe without mistakes, once the commands above it have run.
 `<!-- example: plan -->`: a recipe without mistakes; `<!-- example: error -->`: one with some. With
 `, file: NAME` the page's commands find it under that name.
 `<!-- not run: WHY -->`.
@@ -28,6 +29,10 @@ class Block:
     @property
     def runs(self):
         return self.mark.partition(":")[0] == "usage"
+
+    @property
+    def waits(self):
+        return self.mark == "example: plan here"
 
     @property
     def asks_the_hub(self):
