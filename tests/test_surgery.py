@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import SHAPE, edit_config, randomize
+from tiny import SHAPE, WIDE, edit_config, randomize
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 from zoo import ZOO
@@ -165,16 +165,23 @@ def strangers(tmp_path, kind, **more):
     return tmp_path / kind, model
 
 
-def test_a_mixture_of_others_with_one_expert_left_is_the_dense_model(tmp_path):
-    """What `extract` promises, with experts of another width than the layer without."""
-    more = {"mlp_only_layers": [0], "decoder_sparse_step": 1, "norm_topk_prob": False}
-    folder, _ = strangers(tmp_path, "qwen3_moe", **more)
+@pytest.mark.parametrize(
+    ("kind", "more", "width"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [0], "decoder_sparse_step": 1}, WIDE),
+        ("ernie4_5_moe", {"moe_layer_start_index": 1}, WIDE),
+        ("granitemoeshared", {}, WIDE + 32),
+    ],
+)
+def test_a_mixture_of_others_with_one_expert_left_is_the_dense_model(kind, more, width, tmp_path):
+    """What `extract` promises; layers without experts are wider, some experts are shared."""
+    folder, _ = strangers(tmp_path, kind, **more)
     moeforge.experts(folder, tmp_path / "one", keep=[2], top_k=1)
     moeforge.extract(folder, tmp_path / "dense", expert=2)
     alone = logits(load_output(tmp_path / "one"))
     assert (dense_logits(tmp_path / "dense") - alone).abs().max() <= 1e-4
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
-    assert config["intermediate_size"] == SHAPE["intermediate_size"]
+    assert config["intermediate_size"] == width
 
 
 def test_shared_experts_become_part_of_the_mlp(tmp_path):

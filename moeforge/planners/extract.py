@@ -5,7 +5,7 @@ The result is the mixture in which that expert alone is left: its weight is then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,19 +163,16 @@ def _made(wanted: _Wanted, findings: Findings, path: Path) -> Model | None:
             own[name] = _as_wide(name, made, part, width)
     stored = dense.tensors(mixed.config, own)
     tensors = {tensor.name: tensor for tensor in sorted(stored.values(), key=_order)}
-    model = mixed.model
     used = {read for tensor in tensors.values() for read in reads(tensor)}
-    left = {read: _why(wanted, read) for t in model.tensors.values() for read in reads(t)}
-    left = {read: why for read, why in left.items() if read not in used}
     dtype = wanted.dtype or own[EMBEDDINGS].spec.dtype
     config = portable(config, dtype.name)
     config["tie_word_embeddings"] = HEAD not in tensors
     return replace(
-        model,
+        mixed.model,
         label=wanted.label,
         config=config,
         tensors=tensors,
-        left_out={**model.left_out, **left},
+        left_out=_left_out(wanted, used),
     )
 
 
@@ -183,13 +180,16 @@ def _order(tensor: PlannedTensor) -> Any:
     return natural(tensor.name)
 
 
-def _why(wanted: _Wanted, read: Read) -> str:
-    """Return why a tensor of the mixture has no place in the dense model."""
-    family = wanted.mixed.family
-    for layer in wanted.mixed.layers:
-        if read.name == family.router.format(layer=layer):
-            return "a dense model has no router"
-    return "belongs to the mixture alone: other experts, and what is the same without them"
+def _left_out(wanted: _Wanted, used: Collection[Read]) -> dict[Read, str]:
+    """Return what of the mixture has no place in the dense model, and why."""
+    mixed, left = wanted.mixed, dict[Read, str]()
+    routers = {mixed.family.router.format(layer=layer) for layer in mixed.layers}
+    for name, tensor in mixed.model.tensors.items():
+        why = "other experts, and what is the same without them"
+        if name in routers:
+            why = "a dense model has no router"
+        left.update((read, why) for read in reads(tensor) if read not in used)
+    return {**mixed.model.left_out, **left}
 
 
 # --- MLPs
@@ -304,4 +304,6 @@ def _config(wanted: _Wanted, width: int) -> Config:
             config.pop(name, None)
         else:
             config[name] = value
+    if not config.get("head_dim"):  # dense types may have another default than their mixtures
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     return config
