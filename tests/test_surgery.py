@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import yaml
+from documented import hold
 from safetensors.torch import load_file, save_file
 from tiny import SHAPE, WIDE, edit_config, randomize
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -114,7 +116,8 @@ def moe(models, tmp_path_factory):
 
 def test_the_average_of_experts_is_their_mean(moe, tmp_path):
     folder, folders = moe
-    moeforge.extract(folder, tmp_path / "out", average=True)
+    arguments = ["extract", str(folder), "--average", "-o", str(tmp_path / "out"), "--json"]
+    hold("extract", json.loads(CliRunner().invoke(app, arguments).stdout))
     made, parts = weights(tmp_path / "out"), [mlps(each) for each in folders]
     for name in parts[0]:
         mean = torch.stack([part[name].double() for part in parts]).mean(0)
@@ -276,11 +279,10 @@ def test_each_layer_keeps_what_a_text_uses_most(moe, tmp_path):
     arguments = ["experts", str(folder), "--keep-most", "2", "--text", str(text), "-o", str(made)]
     done = CliRunner().invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
+    hold("experts", json.loads(done.stdout))
     report = json.loads(
         CliRunner().invoke(app, ["route", str(folder), "--prompts", str(text), "--json"]).stdout
     )
-    import yaml
-
     kept = yaml.safe_load((made / "moeforge.yml").read_text())["regroup"]["keep"]
     for numbers, load in zip(kept, _loads(report), strict=True):
         assert {*numbers} == {*sorted(range(3), key=lambda n: -load[n])[:2]}
@@ -310,7 +312,8 @@ def test_an_added_expert_is_met_by_routers_that_are_fitted_anew(moe, models, tmp
 
 def test_copies_without_noise_are_the_dense_model(models, tmp_path):
     folder = models("qwen3", seed=4, **VARIANTS["qwen3"])
-    moeforge.upcycle(folder, tmp_path / "plain", experts=3)
+    arguments = ["upcycle", str(folder), "--experts", "3", "-o", str(tmp_path / "plain"), "--json"]
+    hold("upcycle", json.loads(CliRunner().invoke(app, arguments).stdout))
     assert (logits(load_output(tmp_path / "plain")) - dense_logits(folder)).abs().max() <= 1e-4
 
 
