@@ -15,6 +15,7 @@ from zoo import ZOO
 import moeforge
 from moeforge import families
 from moeforge.cli import app
+from moeforge.engine import noise
 from moeforge.errors import MoeforgeError, PlanError, RecipeError
 from moeforge.families._inverse import DENSE, NONE
 from moeforge.proof.heldout import load_output
@@ -338,6 +339,17 @@ def test_noise_follows_from_the_seed_and_is_normal(models, tmp_path):
     assert (torch.corrcoef(noise) - torch.eye(4)).abs().max() < 0.06, "each copy has its own"
     names = ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight")
     assert all(torch.equal(made[name], dense[name]) for name in names)
+
+
+def test_noise_follows_from_the_number_of_the_element():
+    """However a tensor is sliced, as workers do; and no stretch of it has the noise of another."""
+    whole = torch.zeros(4000)
+    noise.add(whole, 1.0, 5, 0)
+    parts = [torch.zeros(length) for length in (1, 1501, 2498)]
+    for start, part in zip((0, 1, 1502), parts, strict=True):
+        noise.add(part, 1.0, 5, start)
+    assert torch.equal(torch.cat(parts), whole)
+    assert len(whole.unique()) > 3990
 
 
 @pytest.mark.parametrize(
