@@ -20,6 +20,7 @@ from moeforge.cli.shared import (
     RecipeArgument,
     Strict,
     Threads,
+    built_json,
     check_device,
     findings_json,
     note,
@@ -106,15 +107,7 @@ def build(
 
 def _result_json(result: Result) -> dict[str, Any]:
     plan, heldout = result.plan, result.heldout
-    data: dict[str, Any] = {
-        "folder": str(result.folder),
-        "kind": plan.kind,
-        "parameters": plan.parameters,
-        "active_parameters": plan.active_parameters,
-        "bytes": plan.nbytes,
-        "seconds": round(result.seconds, 3),
-        "notes": findings_json(result.notes),
-    }
+    data = {**built_json(result), "notes": findings_json(result.notes)}
     if result.fits and plan.experts:
         from moeforge.fit_tables import fits_json
 

@@ -21,7 +21,7 @@ from moeforge.shown import show_size as show_size
 from moeforge.system import open_file
 
 if TYPE_CHECKING:
-    from moeforge.forge import Progress
+    from moeforge.forge import Progress, Result
 
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe, a YAML file.", show_default=False)
@@ -81,6 +81,19 @@ def watched(*, as_json: bool) -> bool:
 def print_json(data: Any) -> None:
     """Print data as JSON."""
     print(json.dumps(data, indent=2))
+
+
+def built_json(result: Result) -> dict[str, Any]:
+    """Return what every build has to say of its model as plain data."""
+    plan = result.plan
+    return {
+        "folder": str(result.folder),
+        "kind": plan.kind,
+        "parameters": plan.parameters,
+        "active_parameters": plan.active_parameters,
+        "bytes": plan.nbytes,
+        "seconds": round(result.seconds, 3),
+    }
 
 
 def findings_json(findings: tuple[Finding, ...]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from moeforge.cli.shared import (
     Offline,
     Overwrite,
     Threads,
+    built_json,
     check_device,
     note,
     print_json,
@@ -186,16 +187,7 @@ def _run(
     plan = result.plan
     architecture = str((plan.config.get("architectures") or ["model"])[0])
     if as_json:
-        data = {
-            "folder": str(result.folder),
-            "kind": plan.kind,
-            "architecture": architecture,
-            "parameters": plan.parameters,
-            "active_parameters": plan.active_parameters,
-            "bytes": plan.nbytes,
-            "seconds": round(result.seconds, 3),
-        }
-        print_json(data)
+        print_json({**built_json(result), "architecture": architecture})
         return
     from rich.markup import escape
 

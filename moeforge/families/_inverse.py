@@ -34,6 +34,7 @@ class Dense:
         config: (mixture's config) -> what to write over it; keys of mixtures are gone already.
         tensors: (mixture's config, tensors in the family's words) -> as the dense type stores them.
         refuse: (mixture's config) -> why this type does not hold it, or "".
+        width: key of the config that says how wide its MLP is.
         ones: templates of tensors that the dense type has not, and that are ones everywhere where
             it holds the mixture.
     """
@@ -43,6 +44,7 @@ class Dense:
     config: Callable[[Config], Config] = lambda config: {}
     tensors: Callable[[Config, Tensors], Tensors] = lambda config, tensors: tensors
     refuse: Reason = _nothing
+    width: str = "intermediate_size"
     ones: tuple[str, ...] = ()
 
 
@@ -258,7 +260,13 @@ DENSE: Mapping[str, tuple[Dense, ...]] = {
     "granitemoeshared": (_GRANITE,),
     "granitemoe_swa": (Dense("granite_swa", "GraniteSWAForCausalLM"),),
     "granitemoehybrid": (
-        Dense("granitemoehybrid", "GraniteMoeHybridForCausalLM", _hybrid, _shared_mlp),
+        Dense(
+            "granitemoehybrid",
+            "GraniteMoeHybridForCausalLM",
+            _hybrid,
+            _shared_mlp,
+            width="shared_intermediate_size",
+        ),
     ),
     "lfm2_moe": (Dense("lfm2", "Lfm2ForCausalLM", _lfm2, _feed_forward),),
     "dbrx": (

@@ -15,12 +15,12 @@ from moeforge.families import Mixture
 from moeforge.families._inverse import DENSE, MIXTURES_ONLY, NONE, Dense
 from moeforge.planners.homes import in_words_of, objection
 from moeforge.planners.model import EMBEDDINGS, HEAD, Findings, Model, listing, natural, reads
-from moeforge.planners.parts import Piece, joined, padded_rows, scaled, side_by_side
+from moeforge.planners.parts import Piece, cast, joined, padded_rows, scaled, side_by_side
 from moeforge.planners.unmixed import DOWN, Unmixed, unmixed
 from moeforge.planners.values import Unread, all_equal
 from moeforge.plans import Merge, PlannedTensor, Read
 from moeforge.recipe import AVERAGE, ExtractRecipe
-from moeforge.tensors import BY_NAME, DType, TensorSpec
+from moeforge.tensors import BY_NAME, DType
 
 Resolve = Callable[[Any, Path], "Model | None"]
 _ONE = {"float32": b"\x00\x00\x80\x3f", "bfloat16": b"\x80\x3f", "float16": b"\x00\x3c"}
@@ -205,7 +205,7 @@ def _mlp(wanted: _Wanted, layer: int) -> Iterator[tuple[str, list[PlannedTensor]
             made = [_expert(wanted, layer, part)]
             if wanted.shared and family.shared:
                 made.append(mixed.mlp(family.shared.tensors, layer, part))
-        yield part, [_cast(tensor, wanted.dtype) for tensor in made]
+        yield part, [cast(tensor, wanted.dtype) for tensor in made]
 
 
 def _expert(wanted: _Wanted, layer: int, part: str) -> PlannedTensor:
@@ -219,12 +219,6 @@ def _expert(wanted: _Wanted, layer: int, part: str) -> PlannedTensor:
         made = PlannedTensor(every[0].name, every[0].spec, mean)
     factor = mixed.config.get("routed_scaling_factor")
     return scaled(made, float(factor)) if part == DOWN and factor is not None else made
-
-
-def _cast(tensor: PlannedTensor, dtype: DType | None) -> PlannedTensor:
-    if dtype is None or not tensor.spec.dtype.mergeable:
-        return tensor
-    return PlannedTensor(tensor.name, TensorSpec(dtype, tensor.spec.shape), tensor.expr)
 
 
 def _width(down: list[PlannedTensor]) -> int:
@@ -272,7 +266,7 @@ def _around(
     extra = []
     for stored, tensor in mixed.model.tensors.items():
         if name := on_disk.get(stored):
-            own[name] = _cast(replace(tensor, name=name), wanted.dtype)
+            own[name] = cast(replace(tensor, name=name), wanted.dtype)
         elif stored not in blocks and stored not in gone:
             extra.append(stored)
     absent = sorted(needed - own.keys(), key=natural)
@@ -290,13 +284,10 @@ def _config(wanted: _Wanted, width: int) -> Config:
     """Return config.json of the dense model."""
     mixed, dense = wanted.mixed, wanted.dense
     config = {key: value for key, value in mixed.config.items() if key not in MIXTURES_ONLY}
-    key = "intermediate_size"
-    if "shared_mlp" in "".join(dense.tensors.__name__):
-        key = "shared_intermediate_size"
     changes: Mapping[str, Any] = {
         "model_type": dense.model_type,
         "architectures": [dense.architecture],
-        key: width,
+        dense.width: width,
         **dense.config(mixed.config),
     }
     for name, value in changes.items():

@@ -129,6 +129,16 @@ def scaled(tensor: PlannedTensor, factor: float) -> PlannedTensor:
     return PlannedTensor(tensor.name, tensor.spec, Affine(tensor.expr, factor))
 
 
+def cast(tensor: PlannedTensor, dtype: DType | None) -> PlannedTensor:
+    """Return a tensor in `dtype`; as it is where that is None, or where it holds no floats."""
+    if dtype is None or not tensor.spec.dtype.mergeable:
+        return tensor
+    expr = tensor.expr
+    if isinstance(expr, Concat):
+        expr = Concat(tuple((part, TensorSpec(dtype, spec.shape)) for part, spec in expr.pieces))
+    return PlannedTensor(tensor.name, TensorSpec(dtype, tensor.spec.shape), expr)
+
+
 def padded_rows(tensor: PlannedTensor, dtype: DType, rows: int) -> list[Piece]:
     """Return the pieces of a matrix in `dtype` that zeros fill up to `rows` rows."""
     made = [(expr, TensorSpec(dtype, spec.shape)) for expr, spec in pieces(tensor)]

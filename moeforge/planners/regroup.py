@@ -13,10 +13,11 @@ from typing import Any
 from moeforge.configs import Config, portable
 from moeforge.errors import Path
 from moeforge.planners.model import HEAD, Findings, Model, natural, reads
+from moeforge.planners.parts import cast
 from moeforge.planners.unmixed import COUNTS, INNER, PER_TOKEN, Unmixed, flat, unmixed
 from moeforge.plans import Concat, PlannedTensor, Rows, Shaped
 from moeforge.recipe import RegroupRecipe
-from moeforge.tensors import BY_NAME, DType, TensorSpec
+from moeforge.tensors import BY_NAME, TensorSpec
 
 Resolve = Callable[[Any, Path], "Model | None"]
 _PER_EXPERT = ("per_expert_scale",)
@@ -37,7 +38,7 @@ def plan_regroup(
     if keep is None or not _possible(mixed, len(keep[0]), per_token, findings, path):
         return None
     dtype = BY_NAME[recipe.dtype] if recipe.dtype else None
-    made = (_cast(tensor, dtype) for tensor in _tensors(mixed, keep))
+    made = (cast(tensor, dtype) for tensor in _tensors(mixed, keep))
     tensors = {tensor.name: tensor for tensor in sorted(made, key=lambda t: natural(t.name))}
     used = {read for tensor in tensors.values() for read in reads(tensor)}
     every = {read for tensor in mixed.model.tensors.values() for read in reads(tensor)}
@@ -148,19 +149,6 @@ def _picked(tensor: PlannedTensor, experts: int, keep: tuple[int, ...]) -> Plann
     spec = TensorSpec(dtype, (each, *rest))
     parts = tuple((Rows(matrix.expr, number * each, each), spec) for number in keep)
     return PlannedTensor(tensor.name, TensorSpec(dtype, wanted), Concat(parts))
-
-
-def _cast(tensor: PlannedTensor, dtype: DType | None) -> PlannedTensor:
-    if (
-        dtype is None
-        or tensor.spec.dtype not in BY_NAME.values()
-        or not tensor.spec.dtype.mergeable
-    ):
-        return tensor
-    expr = tensor.expr
-    if isinstance(expr, Concat):
-        expr = Concat(tuple((part, TensorSpec(dtype, spec.shape)) for part, spec in expr.pieces))
-    return PlannedTensor(tensor.name, TensorSpec(dtype, tensor.spec.shape), expr)
 
 
 def _config(config: Config, experts: int, per_token: int) -> Config:
