@@ -98,9 +98,9 @@ def fetch(model: str, names: str, **where: Any) -> Any:
 
 
 def send(folder: str, repo_id: str) -> None:
-    from moeforge.output.push import push
+    from moeforge.publishing import push
 
-    push(Path(folder), repo_id)
+    push(folder, repo_id, verify=False)
 
 
 def read_while_the_branch_moves(model: str) -> Any:

@@ -37,9 +37,9 @@ def lock_of(files: dict[str, bytes]) -> bytes:
 
 
 def send(folder: str, repo_id: str, **options: Any) -> str:
-    from moeforge.output.push import push
+    from moeforge.publishing import push
 
-    return push(Path(folder), repo_id, **options).url
+    return push(folder, repo_id, verify=False, **options).url
 
 
 def ask_whether_it_passes(folder: str, repo_id: str) -> Any:

@@ -17,7 +17,7 @@ from moeforge import hashes
 from moeforge.errors import Finding, HubError, SourceError
 from moeforge.output.lock import NAME as LOCK
 from moeforge.output.locked import differences, locked_files
-from moeforge.output.push_access import Access, check_access, client
+from moeforge.output.push_access import Access, client
 from moeforge.output.push_send import Local, State, bars, send, sizes
 from moeforge.sources.folder import INDEX, SINGLE, FolderSource
 from moeforge.sources.hub import explain
@@ -183,40 +183,6 @@ def carry_out(prepared: Prepared, *, message: str | None = None, shown: bool = F
             told = HubError(*told.findings, Finding("the pull request was not confirmed", look))
         raise told from error
     return Pushed(url, commit, prepared)
-
-
-def push(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    message: str | None = None,
-    pr: bool = False,
-) -> Pushed:
-    """Upload a checkpoint folder as one commit of a model repository.
-
-    The repository and the branch are created where they do not exist. Weights, lock file and recipe
-    of an earlier push that this folder does not have are removed. What is already there is not
-    sent again.
-
-    Args:
-        folder: complete checkpoint with config.json, safetensors weights and README.md.
-        repo_id: `owner/name`, or `name` for your own.
-        private: visibility that the repository must have; None leaves it as it is, or as your
-            account's default.
-        revision: branch to upload to; main if None.
-        message: first line of the commit.
-        pr: open a pull request instead of changing the branch.
-
-    Raises:
-        SourceError: the folder is not complete, or not what its lock file says; nothing was sent.
-        HubError: the Hub refused or could not be reached, or the repository exists with another
-            visibility than asked for.
-    """
-    refuse_incomplete(folder)
-    access = check_access(repo_id, private=private, pr=pr)
-    return carry_out(prepare(folder, access, revision=revision, pr=pr), message=message)
 
 
 def command(folder: Path, repo_id: str, private: bool | None) -> str:
