@@ -271,6 +271,24 @@ def test_asked_to_stop(asked, code, llamas, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_asked_to_stop_while_code_is_made_of_text(tmp_path):
+    """As dataclasses are while torch is imported: python -m would end by the signal itself then."""
+    (tmp_path / "asked.py").write_text(
+        "import typer\n"
+        "from moeforge.cli.shared import reporting\n"
+        "def stop():\n"
+        "    with reporting():\n"
+        "        exec('raise KeyboardInterrupt')\n"
+        "typer.run(stop)\n"
+    )
+    command = [sys.executable, "-m", "asked"]
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (130, False)
+    assert "stopped; nothing was published" in done.stderr
+
+
 @pytest.mark.parametrize("where", ["lock_folder", "_clean"])
 def test_stopped_before_anything_is_made(where, llamas, tmp_path, monkeypatch):
     """Ctrl-C when the work folder is there and nothing in it is finished: it goes, too."""

@@ -131,6 +131,9 @@ def reporting(*, as_json: bool = False) -> Iterator[None]:
     except MoeforgeError as error:
         raise _told(error, error.findings, error.exit_code, as_json=as_json) from None
     except KeyboardInterrupt as error:
+        # Python ends by the signal, whatever exit code is asked for, if it came while code was made
+        # of text, as dataclasses are; it forgets that when it runs other such code.
+        exec("")
         what = "stopped; nothing was published"
         if as_json:
             print_json({"errors": findings_json((Finding(what),))})
