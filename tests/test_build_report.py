@@ -184,7 +184,7 @@ def test_dead_and_dominating_experts_are_warned_of(per_token, recipe, text, tmp_
 def test_short_memory_is_said_and_changes_no_tensor(recipe, tmp_path, monkeypatch):
     notes = []
     moeforge.build(recipe(), tmp_path / "a")
-    monkeypatch.setattr(routing_of, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(routing_of, "free_memory", lambda: 1000)
     result = moeforge.build(recipe(), tmp_path / "b", note=notes.append)
     assert result.routing is None
     (said,) = [str(note) for note in notes if "was not measured" in str(note)]

@@ -626,9 +626,9 @@ def test_a_build_gets_a_short_report(remote):
 def test_a_mixture_that_is_large_for_the_memory_is_not_looked_at(softmax, monkeypatch):
     needed = sum(tensor.numel() for tensor in load_file(softmax / "model.safetensors").values()) * 4
     domains = [Domain("a", (Prompt(text="a"),))]
-    monkeypatch.setattr(routing_of, "_free_memory", lambda: 4 * needed)
+    monkeypatch.setattr(routing_of, "free_memory", lambda: 4 * needed)
     assert isinstance(short(softmax, domains, list("abcd"), name="mine"), RouteReport)
-    monkeypatch.setattr(routing_of, "_free_memory", lambda: 4 * needed - 4)
+    monkeypatch.setattr(routing_of, "free_memory", lambda: 4 * needed - 4)
     skipped = short(softmax, domains, list("abcd"), name="mine")
     assert isinstance(skipped, Finding)
     assert "moeforge route mine --prompts" in skipped.fix

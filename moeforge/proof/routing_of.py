@@ -25,6 +25,7 @@ from moeforge.proof.route import Domain, Progress, experts_of, measure
 from moeforge.proof.route_report import Mapping, RouteReport
 from moeforge.recipe import prompts
 from moeforge.sources import Source, open_source
+from moeforge.system import free_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,19 +144,13 @@ def short(
     if model is not None:
         return look(model)
     source = open_source(str(folder.absolute()))
-    needed, free = size_of(source, "float32"), _free_memory()
+    needed, free = size_of(source, "float32"), free_memory()
     if needed > SHORT_PART * free:
         what = "where tokens go was not measured: in float32 the result takes "
         what += f"{needed / 1e9:.1f} GB, more than a quarter of {free / 1e9:.1f} GB free memory"
         return Finding(what, f"Run it: moeforge route {name} --prompts FILE…")
     with loaded(source, "auto", "cpu", None, False) as run:
         return look(run.model)
-
-
-def _free_memory() -> int:
-    from accelerate.utils import get_max_memory
-
-    return int(get_max_memory()["cpu"])
 
 
 def _named(entry: str) -> tuple[str, Path]:
