@@ -55,12 +55,12 @@ def counting(key, seed, rows=ROWS):
     return Counting(key, {"x": (spec, bytes(tensor.flatten().view(torch.uint8).numpy()))})
 
 
-def build(method, folder, rows=ROWS):
+def build(method, folder, rows=ROWS, settings=None):
     """Build one tensor with a method, in this process; return its sources and the result."""
     entry = methods.load(method)
-    sources = [
-        counting(str(number), number, rows) for number in range(min(entry.inputs[1] or 4, 4))
-    ]
+    most = entry.inputs[1] or 4
+    most += entry.base == "optional"
+    sources = [counting(str(number), number, rows) for number in range(min(most, 4))]
     params = {"key": 7} if entry.random else {}
     for name, param in entry.params.items():
         value = CHOSEN.get(name, 1.0 if param.default is REQUIRED else param.default)
@@ -72,7 +72,7 @@ def build(method, folder, rows=ROWS):
     tensor = PlannedTensor("y", TensorSpec(BY_NAME["bfloat16"], (rows, ROW)), expr)
     plan = Plan("merge", (tensor,), {}, {s.key: s for s in sources}, sources[0])
     folder.mkdir()
-    engine.run(plan, lay_out(plan.tensors), folder, Settings(threads=1))
+    engine.run(plan, lay_out(plan.tensors), folder, settings or Settings(threads=1))
     return sources, load_file(folder / "model.safetensors")["y"]
 
 
@@ -105,9 +105,9 @@ def test_memory_is_taken_once_however_large_the_tensor(method, tmp_path, monkeyp
     taken = []
 
     class Counted(buffers.Buffer):
-        def __init__(self, nbytes):
+        def __init__(self, nbytes, **more):
             taken.append(nbytes)
-            super().__init__(nbytes)
+            super().__init__(nbytes, **more)
 
     for room in (buffers, evaluate):
         monkeypatch.setattr(room, "Buffer", Counted)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ from moeforge.system import allow_files, cores
 
 MIN_SLICE, DEFAULT_SLICE = 2**16, 2**17
 """Elements per slice; the default is the fastest measured: see docs/performance.md."""
+GPU_SLICE = 2**22
+"""The default on a GPU, where starting an operation takes longer than doing it on a smaller one."""
 
 WINDOW = 2**18
 """Bytes of an input tensor that a worker reads at a time."""
@@ -86,7 +89,7 @@ class Settings:
         """Return elements per slice for `plan`: the default, or less where memory is short."""
         if self.slice_elements:
             return self.slice_elements
-        size = DEFAULT_SLICE
+        size = DEFAULT_SLICE if self.device == "cpu" else GPU_SLICE
         while self.memory and size > MIN_SLICE and peak_memory(plan, self, size) > self.memory:
             size //= 2
         return size
@@ -273,8 +276,10 @@ def _do(
         specs = (spec for source in plan.sources.values() for spec in source.specs().values())
         kernels.load(names, narrow=any(spec.dtype.name == "bfloat16" for spec in specs))
 
+    places = cycle(devices_of(settings.device))
+
     def make_state() -> Evaluator:
-        return Evaluator(plan, size, settings.device)
+        return Evaluator(plan, size, next(places))
 
     if forks:
         processes.run(jobs, make_state, workers, progress, begun, complete)
@@ -286,6 +291,15 @@ def _do(
         Pool(workers, progress, complete).run(jobs, make_state)
     finally:
         torch.set_num_threads(before)  # a worker takes one thread for itself
+
+
+def devices_of(device: str) -> list[str]:
+    """Return the torch devices that `device` means: of "cuda" without a number, all GPUs."""
+    if device != "cuda":
+        return [device]
+    import torch
+
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
 def multiplies(plan: Plan) -> bool:

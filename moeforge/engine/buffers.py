@@ -14,12 +14,21 @@ if TYPE_CHECKING:
 
 
 class Buffer:
-    """Bytes of memory, seen as memory for reads and as a tensor for arithmetic."""
+    """Bytes of memory, seen as memory for reads and as a tensor for arithmetic.
 
-    def __init__(self, nbytes: int) -> None:
+    Args:
+        nbytes: how many.
+        pinned: whether a GPU copies from and to it: at the speed of the bus, and meanwhile.
+    """
+
+    def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
         self.size = nbytes
-        self.memory = mmap.mmap(-1, max(nbytes, 1))
-        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+        if pinned:
+            self.bytes = torch.empty(max(nbytes, 1), dtype=torch.uint8, pin_memory=True)
+            self.memory = self.bytes.numpy().data
+        else:
+            self.memory = memoryview(mmap.mmap(-1, max(nbytes, 1)))
+            self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
 
     def tensor(self, dtype: torch.dtype, count: int, first: int = 0) -> Tensor:
         """Return `count` elements from byte `first` on as `dtype`."""
@@ -27,12 +36,17 @@ class Buffer:
 
     def view(self, nbytes: int, first: int = 0) -> memoryview:
         """Return `nbytes` bytes from byte `first` on."""
-        return memoryview(self.memory)[first : first + nbytes]
+        return self.memory[first : first + nbytes]
 
 
 class Window:
-    """The part of one input tensor that was read last."""
+    """The part of one input tensor that was read last.
 
-    def __init__(self) -> None:
-        self.buffer = Buffer(WINDOW)
+    Attributes:
+        lent: whether a GPU may still be copying from it.
+    """
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        self.buffer = Buffer(WINDOW, pinned=pinned)
         self.start = self.end = 0
+        self.lent = False

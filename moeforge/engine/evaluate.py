@@ -6,6 +6,7 @@ float32 arithmetic (float64 where an input or the result is float64), one roundi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from moeforge import kernels, methods
 from moeforge.engine import WINDOW, noise, reshape, rows
 from moeforge.engine.buffers import Buffer, Window
-from moeforge.methods import BLOCK, PADDING, Place, Scan
+from moeforge.methods import BLOCK, CHUNK, PADDING, Place, Scan
 from moeforge.plans import (
     Affine,
     Columns,
@@ -88,7 +89,11 @@ class Evaluator:
         torch.set_num_threads(1)  # of this worker: the workers are the parallelism
         self.plan = plan
         self._size = slice_elements
-        self._device = torch.device(device)
+        self.device = torch.device(device)
+        # Of its own: what one worker copies and what another computes goes on side by side.
+        self._stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._output = Buffer(0)
         self._pool: list[Buffer] = []
         self._used = 0
@@ -96,6 +101,27 @@ class Evaluator:
         self._free: list[Window] = []
         self._end: dict[tuple[str, str], int] = {}
         self.bands: dict[tuple[int, torch.dtype], reshape.Band] = {}
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Have torch compute without autograd, on a GPU in this worker's stream.
+
+        At the end all of it is done: what is handed on can be used by any worker.
+        """
+        with torch.inference_mode():
+            if self._stream is None:
+                yield
+                return
+            with torch.cuda.stream(self._stream):
+                yield
+                self.settle()
+
+    def settle(self) -> None:
+        """Wait until a GPU has done what it was asked for by this worker."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        for window in self._windows.values():
+            window.lent = False
 
     def release(self) -> None:
         """Take back all memory that was in use when something failed."""
@@ -107,13 +133,13 @@ class Evaluator:
 
         For a device whose memory is short: what it computes does not depend on the slices.
         """
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return ""
         if self._size > BLOCK:
             self._size //= 2
             torch.cuda.empty_cache()
-            return f"memory of {self._device} is short: slices of {self._size} elements"
-        before, self._device = self._device, torch.device("cpu")
+            return f"memory of {self.device} is short: slices of {self._size} elements"
+        before, self.device, self._stream = self.device, torch.device("cpu"), None
         return f"memory of {before} is short: going on with the CPU, whose last bits may differ"
 
     def begin(self, expr: Expr, end: int | None = None) -> None:
@@ -138,6 +164,8 @@ class Evaluator:
         step = unit(self.plan, expr)
         if not needs_rows(expr):
             step *= max(1, self._size // step)
+        elif self._stream is not None:  # always the same groups of rows here, too, and large ones
+            step *= max(1, CHUNK // step)
         for begin in range(start, max(start + count, start + 1), step):
             yield begin, min(step, start + count - begin)
 
@@ -152,15 +180,25 @@ class Evaluator:
         size = dtype.itemsize
         for begin, length in self.slices(expr, start, count):
             if self._output.size < length * size:
-                self._output = Buffer(length * size)
+                self._output = Buffer(length * size, pinned=self._stream is not None)
             data = self._output.view(length * size)
             if self._stored(expr) == dtype:
                 self._raw(expr, begin, data)
             else:
                 target = self._output.tensor(torch_dtype(dtype), length)
-                with torch.inference_mode():
-                    self.fill(expr, torch_dtype(working), whole, begin, target)
+                with self._arithmetic():
+                    self._fill_output(expr, torch_dtype(working), whole, begin, target)
             yield begin, data
+
+    def _fill_output(
+        self, expr: Expr, working: torch.dtype, whole: Whole, start: int, out: Tensor
+    ) -> None:
+        if self._stream is None:
+            self.fill(expr, working, whole, start, out)
+            return
+        result = self._take(working, out.numel())
+        self.fill(expr, working, whole, start, result)
+        out.copy_(result)  # rounded on the GPU
 
     def _stored(self, expr: Expr) -> DType | None:
         """Return the dtype of `expr` on disk if its bytes lie there as they are."""
@@ -201,7 +239,7 @@ class Evaluator:
         """Return what `scan` finds in chunk [start, start + count) of the inputs of `node`."""
         self.begin(node, start + count)
         shape, found = self.plan.shape(node), []
-        with torch.inference_mode():
+        with self._arithmetic():
             for begin, length in self.slices(node, start, count):
                 mark = self._used
                 tensors = self._inputs(node, torch_dtype(working), whole, begin, length)
@@ -229,12 +267,13 @@ class Evaluator:
                 filled += len(view)
             row.copy_(raw.tensor(torch_dtype(dtype), count))
         place = Place(self.plan.shape(node), 0)
-        return scan.join([scan.look(tensors.to(self._device), place)])
+        with self._arithmetic():
+            return scan.join([scan.look(tensors.to(self.device), place)])
 
     def _take(self, dtype: torch.dtype, count: int) -> Tensor:
         """Return memory for `count` elements, in use until it is released."""
-        if self._device.type != "cpu":
-            return torch.empty(count, dtype=dtype, device=self._device)
+        if self.device.type != "cpu":
+            return torch.empty(count, dtype=dtype, device=self.device)
         nbytes = count * dtype.itemsize
         if self._used == len(self._pool):
             self._pool.append(Buffer(nbytes))
@@ -257,7 +296,7 @@ class Evaluator:
             return tensors
         # Rows a power of two apart would share the same few lines of the cache; kernels, which
         # want them one after the other, look at little of each at a time.
-        stride = count + (0 if kernels.loaded() else PADDING)
+        stride = count + (0 if kernels.loaded() or self._stream is not None else PADDING)
         tensors = self._take(working, len(exprs) * stride).view(len(exprs), stride)[:, :count]
         for row, expr in zip(tensors, exprs, strict=True):
             self.fill(expr, working, whole, start, row)
@@ -265,7 +304,7 @@ class Evaluator:
 
     def _taken_as_stored(self, node: Merge, working: torch.dtype) -> bool:
         """Say whether the method takes its inputs in bfloat16, which all of them are stored in."""
-        if not kernels.loaded() or self._device.type != "cpu" or working != torch.float32:
+        if not kernels.loaded() or self.device.type != "cpu" or working != torch.float32:
             return False
         if not methods.load(node.method).kernels:
             return False
@@ -326,15 +365,23 @@ class Evaluator:
         key = (node.source, node.name)
         window = self._windows.get(key)
         if window is None:
-            window = self._windows[key] = self._free.pop() if self._free else Window()
+            pinned = self._stream is not None
+            window = self._free.pop() if self._free else Window(pinned=pinned)
+            self._windows[key] = window
             window.start = window.end = 0
         if not window.start <= start <= start + count <= window.end:
             # As much as fits, but no more than will be wanted: what follows in this chunk.
             limit = min(self._end.get(key, start + count), spec.numel)
             ahead = max(count, min(WINDOW // size // count * count if count else 0, limit - start))
+            if window.lent:
+                self.settle()
             if window.buffer.size < ahead * size:
-                window.buffer = Buffer(ahead * size)
+                window.buffer = Buffer(ahead * size, pinned=self._stream is not None)
             source.read(node.name, start * size, window.buffer.view(ahead * size))
             window.start, window.end = start, start + ahead
         first = (start - window.start) * size
-        out.copy_(window.buffer.tensor(torch_dtype(spec.dtype), count, first))
+        stored = window.buffer.tensor(torch_dtype(spec.dtype), count, first)
+        if self._stream is not None:
+            # As stored, while the next input is read; the GPU widens it.
+            stored, window.lent = stored.to(self.device, non_blocking=True), True
+        out.copy_(stored)

@@ -43,11 +43,11 @@ def side_by_side(
     if not out.numel():
         return
     first, last = start // node.width, -(-(start + out.numel()) // node.width)
-    result = torch.zeros(last - first, node.width, dtype=working)
+    result = torch.zeros(last - first, node.width, dtype=working, device=worker.device)
     end = 0
     for expr in node.inputs:
         columns = worker.plan.shape(expr)[-1]
-        part = torch.empty(last - first, columns, dtype=working)
+        part = torch.empty(last - first, columns, dtype=working, device=worker.device)
         worker.fill(expr, working, whole, first * columns, part.view(-1))
         result[:, end : end + columns] = part
         end += columns
@@ -68,7 +68,7 @@ def transposed(
     height = max(1, min(rows, BAND // columns))
     band = worker.bands.get((id(node), working))
     if band is None:
-        band = Band(node, torch.empty(height, columns, dtype=working))
+        band = Band(node, torch.empty(height, columns, dtype=working, device=worker.device))
         worker.bands[id(node), working] = band
     size, end = height * columns, start + out.numel()
     for number in range(start // size, -(-end // size)):
@@ -88,6 +88,6 @@ def _keep(
     rows, columns = worker.plan.shape(node.input)
     step = max(1, BLOCK // columns)
     for low in range(0, rows, step):
-        part = torch.empty(min(step, rows - low), columns, dtype=working)
+        part = torch.empty(min(step, rows - low), columns, dtype=working, device=worker.device)
         worker.fill(node.input, working, whole, low * columns, part.view(-1))
         band[:, low : low + len(part)] = part[:, first : first + len(band)].T

@@ -12,7 +12,7 @@ import torch
 
 from moeforge.engine.dequantize import dequantized_rows
 from moeforge.engine.lora import adapted_rows
-from moeforge.methods import BLOCK
+from moeforge.methods import BLOCK, CHUNK
 from moeforge.plans import Dequantize, Expr, Gather, Lora, RowTable
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def evaluate(
     total = worker.plan.shape(node)[0]
     # Always the same groups of rows: a matrix product may depend on how many it is made for.
     group = max(1, BLOCK // max(columns, 1))
+    if worker.device.type == "cuda":
+        group *= max(1, CHUNK // (group * max(columns, 1)))
     first = start // columns // group * group if columns else 0
     end = min(-(-(start + count) // columns) if columns else 0, total)
     parts = [
@@ -68,7 +70,7 @@ def evaluate(
         for low in range(first, end, group)
     ]
     if not parts:
-        return torch.empty(0, dtype=working)
+        return torch.empty(0, dtype=working, device=worker.device)
     return torch.cat(parts).flatten()[start - first * columns :][:count]
 
 
@@ -83,16 +85,17 @@ def _rows(
     """Return rows [first, first + count) of `node`, [count, columns]."""
     shape = worker.plan.shape(node)
     matrix = node.weight if isinstance(node, Lora) else node.codes
-    part = torch.empty(count, shape[-1], dtype=working)
+    part = torch.empty(count, shape[-1], dtype=working, device=worker.device)
     worker.fill(matrix, working, whole, first * shape[-1], part.view(-1))
 
     def held(expr: Expr) -> Tensor:
         def make() -> Tensor:
-            tensor = torch.empty(worker.plan.shape(expr), dtype=working)
+            tensor = torch.empty(worker.plan.shape(expr), dtype=working, device=worker.device)
             worker.fill(expr, working, whole, 0, tensor.view(-1))
+            worker.settle()  # others use it, too
             return tensor
 
-        found: Tensor = whole.get(expr, make)
+        found: Tensor = whole.get((expr, worker.device), make)
         return found
 
     if isinstance(node, Dequantize):
@@ -106,7 +109,7 @@ def _gather(
 ) -> Tensor:
     width = torch.Size(worker.plan.shape(node)[1:]).numel()
     first, last = start // width, -(-(start + count) // width)
-    result = torch.empty(last - first, width, dtype=working)
+    result = torch.empty(last - first, width, dtype=working, device=worker.device)
     known = len(node.table.source)
     for begin, end, source, row in _runs(node.table, first, min(last, known)):
         target = result[begin - first : end - first]
@@ -114,14 +117,15 @@ def _gather(
             target.zero_()
         elif source == RowTable.MEAN:
             pairs = node.table.means[row]
-            several = torch.empty(len(pairs), width, dtype=working)
+            several = torch.empty(len(pairs), width, dtype=working, device=worker.device)
             for part, (i, number) in zip(several, pairs, strict=True):
                 worker.fill(node.inputs[i], working, whole, number * width, part)
             target.copy_(several.mean(0))
         else:
             worker.fill(node.inputs[source], working, whole, row * width, target.view(-1))
     if last > known:
-        mean = whole.get((id(node), "mean"), lambda: _mean(worker, node, working, whole, width))
+        key = (id(node), "mean", worker.device)
+        mean = whole.get(key, lambda: _mean(worker, node, working, whole, width))
         result[max(known - first, 0) :] = mean
     return result.flatten()[start - first * width :][:count]
 
@@ -131,13 +135,15 @@ def _mean(
 ) -> Tensor:
     """Return the mean of all rows of the table, added up in float64 in their order."""
     known = len(node.table.source)
-    total = torch.zeros(width, dtype=torch.float64)
+    total = torch.zeros(width, dtype=torch.float64, device=worker.device)
     step = max(1, BLOCK // width)
     for low in range(0, known, step):
         rows = min(step, known - low)
         part = _gather(worker, node, working, whole, low * width, rows * width)
         total += part.view(rows, width).double().sum(0)
-    return (total / max(known, 1)).to(working)
+    mean = (total / max(known, 1)).to(working)
+    worker.settle()  # others use it, too
+    return mean
 
 
 def _runs(table: RowTable, low: int, high: int) -> list[tuple[int, int, int, int]]:

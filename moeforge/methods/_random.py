@@ -63,7 +63,13 @@ def drop(index: int, delta: Tensor, params: Params, found: Any, place: Place) ->
     bound = round(max(densities(params)[index], 0.0) * 2**16)
     if bound >= 2**16:
         return
-    drawn = draws(derive(params["key"], index), place.start, delta.numel())
+    key = derive(params["key"], index)
+    if delta.device.type == "cuda":
+        from moeforge.methods._gpu import draws as drawn_there
+
+        delta.mul_(drawn_there(key, place.start, delta.numel(), delta.device) < bound - 2**15)
+        return
+    drawn = draws(key, place.start, delta.numel())
     keep(delta, drawn < np.int16(bound - 2**15))
 
 

@@ -54,7 +54,17 @@ def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: P
     if density <= 0:
         delta.zero_()
         return
-    row = place.row
+    row, key = place.row, derive(params["key"], index)
+    if delta.device.type == "cuda":
+        import torch
+
+        from moeforge.methods._gpu import draws as drawn_there
+        from moeforge.methods._gpu import thin
+
+        drawn = drawn_there(key, place.start, delta.numel(), delta.device)
+        surely, maybe, needed = _ranks_needed(density, epsilon, row)
+        thin(delta, row, drawn, surely, maybe, torch.from_numpy(needed))
+        return
     bits = delta.abs().float().cpu().numpy().view(np.int32).reshape(-1, row)
     # One key per element, in the order of magnitude and then of position.
     keys = bits.astype(np.int64)
@@ -62,7 +72,7 @@ def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: P
     keys |= np.arange(row, dtype=np.int64)
     ordered = np.sort(keys, axis=1).reshape(-1)
     surely, maybe, needed = _ranks_needed(density, epsilon, row)
-    drawn = draws(derive(params["key"], index), place.start, delta.numel())
+    drawn = draws(key, place.start, delta.numel())
     kept = drawn < surely - 2**15
     # Of most elements the draw alone decides; only of the others the rank is looked at.
     open_ = np.flatnonzero((drawn < maybe - 2**15) ^ kept)

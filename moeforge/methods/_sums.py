@@ -38,6 +38,10 @@ def weighted(tensors: Tensor, weights: Sequence[float]) -> Tensor:
 
 def absolute(tensors: Tensor) -> list[list[float]]:
     """Return Σ|x| of each tensor for each block: [blocks][tensors]."""
+    if tensors.device.type == "cuda":
+        from moeforge.methods._gpu import block_sums
+
+        return block_sums(tensors.abs()).T.tolist()
     return [block.abs().sum(-1).tolist() for block in blocks(tensors)]
 
 
@@ -67,6 +71,10 @@ def gram(vectors: Callable[[Tensor], Tensor]) -> Measurement:
     import torch
 
     def look(tensors: Tensor, place: Place) -> list[Tensor]:
+        if tensors.device.type == "cuda":
+            from moeforge.methods._gpu import gram as products
+
+            return products(vectors(tensors))
         matrices = (block.double() for block in blocks(vectors(tensors)))
         return [(matrix @ matrix.T).cpu() for matrix in matrices]
 

@@ -51,8 +51,11 @@ def _find_cut(share: float, place: Place) -> Measurement:
     import numpy as np
 
     def count(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
+        found = _variances(tensors)
+        if found.device.type == "cuda":
+            return [(float(found.count_nonzero()),)]
         # Counting bools is several times faster than counting floats.
-        return [(float(np.count_nonzero((_variances(tensors) != 0.0).cpu().numpy())),)]
+        return [(float(np.count_nonzero((found != 0.0).cpu().numpy())),)]
 
     (varying,) = yield from total(count)
     # In float32, as mergekit: of 100 elements a share of 0.29 is 29, not 28.
@@ -84,7 +87,12 @@ def measure(params: Params, place: Place) -> Generator[Scan, list[Any], Any]:
     cut = (yield from _find_cut(share, place)) if share < 1 else None
 
     def squares(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
-        found = blocks(_selected(tensors, cut, here))
+        parts = _selected(tensors, cut, here)
+        if parts.device.type == "cuda":
+            from moeforge.methods._gpu import block_sums
+
+            return [tuple(block) for block in block_sums(parts.square()).T.tolist()]
+        found = blocks(parts)
         return [tuple(block.square().sum(1).tolist()) for block in found]
 
     energies = [sum_ / max(place.numel, 1) for sum_ in (yield from total(squares))]

@@ -109,10 +109,12 @@ class Group:
 
     def device(self, asked: str) -> str:
         """Return the torch device of this rank: of several GPUs each takes its own."""
-        if asked != "cuda" or not self._number:
+        if asked != "cuda":
             return asked
         import torch
 
+        if not torch.cuda.is_available():
+            return asked  # refused where it is used
         return f"cuda:{self._number % torch.cuda.device_count()}"
 
     def tell(self, **message: Any) -> None:

@@ -1,0 +1,90 @@
+"""Owns what methods compute otherwise on a GPU: in few large operations, and by integers alike.
+
+Sums are added up in pairs, halves of a block onto halves, so that they depend on nothing but the
+block: how torch reduces a dimension on a GPU depends on how many others there are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moeforge.methods import BLOCK
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def block_sums(values: Tensor) -> Tensor:
+    """Return the sums of the blocks of the last dimension: [..., elements] to [..., blocks]."""
+    missing = -values.shape[-1] % BLOCK
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing))
+    values = values.reshape(*values.shape[:-1], -1, BLOCK)
+    while (half := values.shape[-1] // 2) > 0:
+        values = values[..., :half] + values[..., half:]
+    return values.squeeze(-1)
+
+
+def gram(vectors: Tensor) -> list[Tensor]:
+    """Return the Gram matrix of each block in float64, on the CPU: [n, elements] to [n, n] each."""
+    count, wide = len(vectors), vectors.double()
+    rows = [block_sums(wide[i] * wide[i:]) for i in range(count)]
+    products = torch.empty(count, count, rows[0].shape[-1], dtype=torch.float64)
+    for i, row in enumerate(rows):
+        products[i, i:] = products[i:, i] = row.cpu()
+    return list(products.movedim(-1, 0))
+
+
+def inside(values: Tensor, first: float, stop: float) -> tuple[Any, int]:
+    """Return those from `first` on and below `stop`, as numpy; and how many are `stop` or more."""
+    reaching = values >= stop
+    within = (values >= first).logical_xor_(reaching)
+    return values[within].cpu().numpy(), int(reaching.count_nonzero())
+
+
+def draws(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Return what `_random.draws` returns, on a device: int16 [count]."""
+    first = start // 4
+    words = torch.arange(first, (start + count + 3) // 4, dtype=torch.int64, device=device)
+    words.mul_(_signed(_GOLDEN)).add_(_signed(key + _GOLDEN))
+    for shift, factor in _MIX:
+        words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
+    words.bitwise_xor_(_shifted(words, 31))
+    begin = start - 4 * first
+    return words.view(torch.int16)[begin : begin + count]
+
+
+def thin(delta: Tensor, row: int, drawn: Tensor, surely: int, maybe: int, needed: Tensor) -> None:
+    """Set elements of whole rows to zero, as `_rank.thin_by_rank` does.
+
+    Args:
+        delta: whole rows, flat; changed in place.
+        row: elements of a row.
+        drawn: int16, one for each element.
+        surely: draws below it, as unsigned numbers, keep whatever the rank.
+        maybe: draws from it on keep nothing.
+        needed: for each draw the least rank that is kept, int32 [2¹⁶].
+    """
+    keys = delta.abs().float().view(torch.int32).view(-1, row).to(torch.int64)
+    keys = (keys << 32) | torch.arange(row, device=delta.device)
+    kept = drawn < surely - 2**15
+    undecided = (drawn < maybe - 2**15) & ~kept
+    ranks = needed.to(delta.device)[drawn.int() + 2**15].long().clamp_(max=row - 1)
+    bound = keys.sort(dim=1).values.gather(1, ranks.view(-1, row))
+    delta.mul_(kept | (undecided & (keys >= bound).view(-1)))
+
+
+def _signed(word: int) -> int:
+    """Return 64 bits as torch's integers have them."""
+    word &= 2**64 - 1
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _shifted(words: Tensor, by: int) -> Tensor:
+    """Return `words` shifted to the right as unsigned numbers."""
+    return (words >> by).bitwise_and_((1 << (64 - by)) - 1)
