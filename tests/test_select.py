@@ -11,7 +11,7 @@ from moeforge.engine import jobs
 from moeforge.engine.evaluate import Evaluator
 from moeforge.engine.pool import Pool
 from moeforge.errors import BuildError
-from moeforge.methods import Method, _select
+from moeforge.methods import Method, _counted, _select
 from moeforge.methods._select import NONE, Cut, cuts
 from moeforge.plans import Merge, Plan, PlannedTensor, Read
 from moeforge.sources.memory import MemorySource
@@ -184,16 +184,18 @@ def test_a_sample_that_is_not_like_the_rest(small, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["continuous", "ascending", "float64", "rows of different scale"])
 def test_too_many_distinct_values_are_told_apart_in_more_passes(small, monkeypatch, kind):
-    monkeypatch.setattr(_select, "_DISTINCT", 2**9)
-    monkeypatch.setattr(_select, "_RESOLUTION", 4)
+    monkeypatch.setattr(_select, "_HELD", 2**9)
+    for room in (_select, _counted):
+        monkeypatch.setattr(room, "RESOLUTION", 4)
     rounded = []
-    merge = _select._merge
+    merge = _counted.merge
 
     def spy(pieces):
         rounded.append(any(piece.rounded for piece in pieces))
         return merge(pieces)
 
-    monkeypatch.setattr(_select, "_merge", spy)
+    for room in (_select, _counted):
+        monkeypatch.setattr(room, "merge", spy)
     values = KINDS[kind]()
     counts = [[3, N // 7, N // 2, values.size - 3]]
     assert agree([values], counts) == find([values], counts, slices=2**17, workers=3)

@@ -348,12 +348,13 @@ class Evaluator:
     def _merge(
         self, node: Merge, working: torch.dtype, whole: Whole, start: int, out: Tensor
     ) -> None:
-        method, place = methods.load(node.method), Place(self.plan.shape(node), start)
+        method, rounded = methods.load(node.method), out.dtype == torch.bfloat16
+        place = Place(self.plan.shape(node), start, rounded)
         lead, count = 0, out.numel()
         if method.rows(dict(node.params)):  # some of a vector's elements may be wanted: its rows
             lead = start % place.row
             count = -(-(lead + count) // place.row) * place.row
-            place = Place(place.shape, start - lead)
+            place = Place(place.shape, start - lead, rounded)
         tensors = self._inputs(node, working, whole, place.start, count)
         merged = method.merge(tensors, dict(node.params), whole.stats.get(id(node)), place)
         out.copy_(merged[lead : lead + out.numel()])

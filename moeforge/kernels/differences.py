@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from moeforge.kernels import counting
 from moeforge.kernels.rows import (
     ONE,
     STRETCH,
     ZERO,
     compiled,
-    majority,
+    majority_of,
+    store,
     subtract,
+    wide,
     widen,
 )
 
@@ -31,92 +34,53 @@ def deltas(matrix: Any, out: Any) -> None:
             subtract(row, base)
 
 
+# What becomes of one model's differences, in a single loop each: little is stored on the way.
+
+
 @compiled
-def _absolute_difference(row: Any, base: Any) -> None:
+def _add_differences(row: Any, base: Any, factor: Any, total: Any) -> None:
+    for j in range(total.size):
+        total[j] += (wide(row[j]) - base[j]) * factor
+
+
+@compiled
+def _trim(row: Any, base: Any, bound: Any, factor: Any, part: Any, total: Any) -> None:
+    for j in range(part.size):
+        value = wide(row[j]) - base[j]
+        value = (ZERO if abs(value) <= bound else value) * factor
+        part[j] = value
+        total[j] += value
+
+
+@compiled
+def _window(
+    row: Any, base: Any, bound: Any, outer: Any, factor: Any, part: Any, total: Any
+) -> None:
+    for j in range(part.size):
+        value = wide(row[j]) - base[j]
+        value = ZERO if abs(value) <= bound else value
+        value = (value - (ZERO if abs(value) <= outer else value)) * factor
+        part[j] = value
+        total[j] += value
+
+
+@compiled
+def _mask(row: Any, base: Any, kept: Any, factor: Any, part: Any, total: Any) -> None:
+    for j in range(part.size):
+        value = (wide(row[j]) - base[j]) * np.float32(kept[j]) * factor
+        part[j] = value
+        total[j] += value
+
+
+@compiled
+def _across(
+    row: Any, base: Any, inner: Any, outer: Any, bounds: Any, factor: Any, part: Any, total: Any
+) -> None:
+    """Do as `_window` where bounds [2, 2] change at elements `inner` and `outer`."""
     for j in range(row.size):
-        row[j] = abs(row[j] - base[j])
-
-
-@compiled
-def magnitudes(matrix: Any, which: Any, out: Any) -> None:
-    """Put the magnitudes of the differences of rows `which` from the first into rows of `out`."""
-    room = np.empty(STRETCH, np.float32)
-    for start in range(0, matrix.shape[1], STRETCH):
-        end = min(start + STRETCH, matrix.shape[1])
-        base = room[: end - start]
-        widen(matrix[0, start:end], base)
-        for i in range(which.size):
-            row = out[i, start:end]
-            widen(matrix[which[i], start:end], row)
-            _absolute_difference(row, base)
-
-
-@compiled
-def _reaching(values: Any, stop: Any) -> Any:
-    count = np.int32(0)
-    for j in range(values.size):
-        count += np.int32(values[j] >= stop)
-    return count
-
-
-@compiled
-def _collect(bits: Any, first: Any, width: Any, out: Any, count: Any) -> Any:
-    # Every element is written, and the next one over it unless it is to stay: no branch to miss.
-    for j in range(bits.size):
-        out[count] = bits[j]
-        count += np.uint64(np.uint32(bits[j] - first) < width)
-    return count
-
-
-@compiled
-def tally(values: Any, first: Any, stop: Any, out: Any) -> Any:
-    """Collect the magnitudes from `first` on and below `stop` into `out`, in their order.
-
-    Args:
-        values: [elements], not negative.
-        first: float32, finite.
-        stop: float32, may be infinite.
-        out: as long as `values`, and one more.
-
-    Returns:
-        How many are `stop` or more, and how many were collected.
-    """
-    ends = np.empty(2, np.float32)
-    ends[0], ends[1] = first, stop
-    bits, room, limits = values.view(np.uint32), out.view(np.uint32), ends.view(np.uint32)
-    width = np.uint32(limits[1] - limits[0])
-    reached, count = 0, np.uint64(0)
-    for start in range(0, values.size, STRETCH):
-        end = min(start + STRETCH, values.size)
-        reached += _reaching(values[start:end], stop)
-        count = _collect(bits[start:end], limits[0], width, room, count)
-    return reached, count
-
-
-@compiled
-def _trim(row: Any, base: Any, bound: Any) -> None:
-    for j in range(row.size):
-        value = row[j] - base[j]
-        row[j] = ZERO if abs(value) <= bound else value
-
-
-@compiled
-def _without_outliers(row: Any, bound: Any) -> None:
-    for j in range(row.size):
-        row[j] = row[j] - (ZERO if abs(row[j]) <= bound else row[j])
-
-
-@compiled
-def _masked(row: Any, kept: Any) -> None:
-    for j in range(row.size):
-        row[j] = row[j] * np.float32(kept[j])
-
-
-@compiled
-def _add_scaled(total: Any, row: Any, factor: Any) -> None:
-    for j in range(row.size):
-        row[j] = row[j] * factor
-        total[j] += row[j]
+        low, high = bounds[0, 0 if j < inner else 1], bounds[1, 0 if j < outer else 1]
+        here = slice(j, j + 1)
+        _window(row[here], base[here], low, high, factor, part[here], total[here])
 
 
 @compiled
@@ -126,6 +90,16 @@ def _add_agreeing(total: Any, taking: Any, row: Any, sign: Any, weight: Any) -> 
         value = ZERO if value < ZERO else value
         total[j] += value
         taking[j] += weight if value > ZERO else ZERO
+
+
+@compiled
+def _add_to_base(base: Any, total: Any, divisor: Any, step: Any, out: Any) -> None:
+    if divisor == ONE:
+        for j in range(base.size):
+            store(out, j, base[j] + total[j] * step)
+    else:
+        for j in range(base.size):
+            store(out, j, base[j] + (total[j] / divisor) * step)
 
 
 @compiled
@@ -148,7 +122,7 @@ def task(
     matrix: Any,
     borders: Any,
     bounds: Any,
-    outliers: Any,
+    sparse: Any,
     kept: Any,
     factors: Any,
     weights: Any,
@@ -166,8 +140,8 @@ def task(
         borders: int64 [models, 2]: elements before which the first of two bounds holds.
         bounds: float32 [models, 2, 2]: differences up to the bound, in magnitude, become zero; of
             the small ones, and of the outliers; before the border and from it on.
-        outliers: whether differences beyond the second pair of bounds become zero, too.
-        kept: uint8 [models, elements], what else differences are multiplied with; or [0, 0].
+        sparse: whether there are bounds.
+        kept: uint8 [models, elements], what differences are multiplied with instead; or [0, 0].
         factors: float32 [models], then.
         weights: float32 [models], of models that take part in an election.
         consensus: elect signs.
@@ -176,7 +150,7 @@ def task(
         equal: whether all weights are equal.
         divisor: float32; one where there is an election.
         step: float32, what the sum is multiplied with.
-        out: float32.
+        out: float32; or uint16, for bits of bfloat16.
     """
     models = matrix.shape[0] - 1
     parts = np.empty((models, STRETCH), np.float32)
@@ -185,33 +159,34 @@ def task(
         end = min(start + STRETCH, matrix.shape[1])
         size = end - start
         base, total, sign, taking = room[0, :size], room[1, :size], room[2, :size], room[3, :size]
-        total[:] = -ZERO  # to which adding anything changes nothing, not even a negative zero
+        for j in range(size):
+            total[j] = -ZERO  # to which adding anything changes nothing, not even a negative zero
         widen(matrix[0, start:end], base)
         for i in range(models):
-            row = parts[i, :size]
-            widen(matrix[i + 1, start:end], row)
-            border = min(max(borders[i, 0] - start, 0), size)
-            _trim(row[:border], base[:border], bounds[i, 0, 0])
-            _trim(row[border:], base[border:], bounds[i, 0, 1])
-            if outliers:
-                border = min(max(borders[i, 1] - start, 0), size)
-                _without_outliers(row[:border], bounds[i, 1, 0])
-                _without_outliers(row[border:], bounds[i, 1, 1])
+            row, part = matrix[i + 1, start:end], parts[i, :size]
             if kept.size:
-                _masked(row, kept[i, start:end])
-            _add_scaled(total, row, factors[i])
+                _mask(row, base, kept[i, start:end], factors[i], part, total)
+            elif consensus or sparse:
+                inner, outer = borders[i, 0] - start, borders[i, 1] - start
+                low = bounds[i, 0, 0 if inner >= size else 1]
+                high = bounds[i, 1, 0 if outer >= size else 1]
+                if 0 < inner < size or 0 < outer < size:
+                    _across(row, base, inner, outer, bounds[i], factors[i], part, total)
+                elif high < np.inf:
+                    _window(row, base, low, high, factors[i], part, total)
+                else:
+                    _trim(row, base, low, factors[i], part, total)
+            else:
+                _add_differences(row, base, factors[i], total)
         if consensus:
-            sign[:] = total
-            majority(sign)
-            total[:] = -ZERO
-            taking[:] = ZERO
+            majority_of(total, sign)
+            for j in range(size):
+                total[j], taking[j] = -ZERO, ZERO
             for i in range(models):
                 weight = ONE if equal else weights[i]
                 _add_agreeing(total, taking, parts[i, :size], sign, weight)
             _divide(total, sign, taking, normalize, equal, weights[0])
-        result = out[start:end]
-        for j in range(size):
-            result[j] = base[j] + (total[j] / divisor) * step
+        _add_to_base(base, total, divisor, step, out[start:end])
 
 
 def warm(kind: Any) -> None:
@@ -219,9 +194,9 @@ def warm(kind: Any) -> None:
     matrix: Any = np.zeros((2, 2), kind)
     out = np.zeros((1, 2), np.float32)
     deltas(matrix, out)
-    magnitudes(matrix, np.ones(1, np.int64), out)
-    tally(out[0], ZERO, ONE, np.zeros(3, np.float32))
+    counting.warm(kind)
     arrays = (np.zeros((1, 2), np.int64), np.zeros((1, 2, 2), np.float32))
     one = np.ones(1, np.float32)
     kept = np.zeros((0, 0), np.uint8)
-    task(matrix, *arrays, False, kept, one, one, True, True, True, ONE, ONE, out[0])
+    for result in (out[0], np.zeros(2, np.uint16)):
+        task(*(matrix, *arrays, True, kept, one, one, True, True, True, ONE, ONE, result))

@@ -15,8 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import float32, njit, types, uint32
+from numba.extending import intrinsic, overload
 
 STRETCH = 1024
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
@@ -26,6 +26,69 @@ _TINIEST = np.float32(2.0**-126)
 def compiled(function: Any) -> Any:
     """Return `function`, compiled when it is first called; threads may run it side by side."""
     return njit(nogil=True, error_model="numpy", fastmath=False, cache=True)(function)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_float(typing: Any, bits: Any) -> Any:
+    """Return the float32 of `bits`, uint32; without a way through memory."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return float32(uint32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def as_bits(typing: Any, value: Any) -> Any:
+    """Return the bits of `value`, float32, as uint32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.uint32))
+
+    return uint32(float32), generate
+
+
+def wide(value: Any) -> Any:
+    """Return `value`, the bits of a bfloat16 or a float32, as float32."""
+
+
+@overload(wide)  # type: ignore[untyped-decorator]
+def _wide_compiled(value: Any) -> Any:
+    if value == types.uint16:
+
+        def widened(value: Any) -> Any:
+            return as_float(np.uint32(value) << np.uint32(16))
+
+        return widened
+
+    def same(value: Any) -> Any:
+        return value
+
+    return same
+
+
+def store(out: Any, j: Any, value: Any) -> None:
+    """Put float32 `value` into `out`, float32, or rounded into the bits of bfloat16."""
+
+
+@overload(store)  # type: ignore[untyped-decorator]
+def _store_compiled(out: Any, j: Any, value: Any) -> Any:
+    if out.dtype == types.uint16:
+
+        def rounded(out: Any, j: Any, value: Any) -> None:
+            # To the nearest, of two the even; every NaN becomes the same, as in torch.
+            bits = as_bits(value)
+            near = (
+                bits + ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
+            ) >> np.uint32(16)
+            out[j] = np.uint16(near if value == value else np.uint32(0x7FC0))
+
+        return rounded
+
+    def kept(out: Any, j: Any, value: Any) -> None:
+        out[j] = value
+
+    return kept
 
 
 def widen(values: Any, out: Any) -> None:
@@ -70,3 +133,11 @@ def majority(total: Any) -> None:
     for j in range(total.size):
         value = total[j] + _TINIEST
         total[j] = ONE if value > ZERO else (-ONE if value < ZERO else ZERO)
+
+
+@compiled
+def majority_of(total: Any, sign: Any) -> None:
+    """Put the signs of sums into `sign`, as `majority` does."""
+    for j in range(total.size):
+        value = total[j] + _TINIEST
+        sign[j] = ONE if value > ZERO else (-ONE if value < ZERO else ZERO)

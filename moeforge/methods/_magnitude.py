@@ -31,7 +31,7 @@ def find_cuts(
             import numpy as np
             import torch
 
-            from moeforge.kernels.differences import magnitudes as compiled
+            from moeforge.kernels.counting import magnitudes as compiled
 
             found = torch.empty(len(sparse), matrix.shape[1])
             compiled(matrix, np.array(sparse, np.int64) + 1, found.numpy())
@@ -39,8 +39,21 @@ def find_cuts(
         parts = deltas(tensors).abs_()
         return parts if len(sparse) == len(parts) else parts[sparse]
 
+    def tally(tensors: Tensor, quantities: Sequence[int], limits: Any) -> Any:
+        if (matrix := kernels.matrix(tensors)) is None:
+            return None
+        import numpy as np
+
+        from moeforge.kernels.counting import ROOM, tallies
+
+        found = np.empty((len(quantities), 4), np.int64)
+        room = np.empty((len(quantities), matrix.shape[1] + ROOM), np.float32)
+        tallies(matrix, np.array(sparse, np.int64)[quantities] + 1, limits, room, found)
+        inside = [row[:count].copy() for row, (*_, count) in zip(room, found, strict=True)]
+        return [tuple(line[:3]) for line in found.tolist()], inside
+
     counts = [wanted(i, place.numel) for i in sparse]
-    found = yield from cuts(magnitudes, counts, place)
+    found = yield from cuts(magnitudes, counts, place, tally)
     return dict(zip(sparse, found, strict=True))
 
 

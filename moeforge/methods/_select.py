@@ -1,23 +1,33 @@
 """Owns selection by magnitude: exact thresholds of whole tensors, found by streaming.
 
 No tensor is sorted. A sample brackets the k-th largest magnitude, one pass counts what lies above
-the bracket and collects the distinct values inside; equal magnitudes are told apart by position.
+the bracket and collects the values inside; equal magnitudes are told apart by position.
 Where the bracket misses, another pass looks on the side where it must be.
 
-In memory for each threshold: the sample (2¹⁷ magnitudes), and the distinct values inside the
-bracket with their counts, at most some 2²¹; where there are more, neighbours are counted together,
-and one more pass tells them apart.
+In memory for each threshold: the sample (2¹⁷ magnitudes), and the values inside the bracket, at
+most some 2²¹; of more, the distinct ones with their counts; where these are more, neighbours are
+counted together, and one more pass tells them apart.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moeforge import kernels
 from moeforge.methods import CHUNK, RUN, Measurement, Place, Scan
+from moeforge.methods._counted import (
+    RESOLUTION,
+    Counted,
+    Limits,
+    bits,
+    count_of,
+    inside_of,
+    largest,
+    limit,
+    merge,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +38,10 @@ _SIGMAS, _WIDEST = 3.5, 0.04
 """Half the bracket's width in standard errors of the sample; and at most, in share of elements."""
 _MANY = 0.005
 """Share of the elements from which on it is faster to count them than to collect them."""
-_DISTINCT, _RESOLUTION = 2**21, 13
-"""Distinct values that are held for each threshold, about; and where there are more, the bits that
-the values inside the bracket are told apart by in one pass."""
+_MOST = 0.25
+"""Share of a slice that is collected, of which only the distinct values are held."""
+_HELD = 2**21
+"""Values that are held for each threshold, about."""
 
 Magnitudes = Callable[["Tensor", Place], "Tensor"]
 """Gives the quantities of a slice to select from: [quantities, elements] in float32 or float64, not
@@ -80,24 +91,11 @@ NONE = Cut(math.inf, -1)
 """Keeps nothing."""
 
 
-@dataclass(frozen=True)
-class _Counted:
-    """What a piece of the tensor holds: its range, elements above a bracket, and what is inside.
-
-    Attributes:
-        values: the distinct magnitudes inside the bracket, ascending; a numpy array.
-        counts: how often each occurs; int64.
-        spare: low bits of magnitudes that may be dropped so that few distinct values remain.
-        rounded: whether they were, so that a value stands for several.
-    """
-
-    start: int
-    size: int
-    above: int
-    values: Any
-    counts: Any
-    spare: int = 0
-    rounded: bool = False
+Tally = Callable[["Tensor", Sequence[int], Any], Any]
+"""Compiled counting: (tensors, quantities, limits), where there is an open threshold for each of
+`quantities` and for each of these one line of `limits`, float32 `Limits`. Returns, for each, how
+many elements are `stop` or more, and how many are `low` and `high`; and an array of those from
+`first` on and below `stop`. Or None, where the tensors are not for compiled arithmetic."""
 
 
 class _Target:
@@ -163,30 +161,48 @@ class _Target:
         often = [np.count_nonzero(values == end) > _MANY * values.size for end in (low, high)]
         self._many = bool(often[0] and self._low > 0.0), bool(often[1] and self._high < math.inf)
 
-    def count(self, values: Any, start: int) -> _Counted:
-        """Count the elements above the bracket, and the distinct values inside."""
+    def limits(self, kind: Any) -> Limits:
+        """Return what is counted and what is collected, in numpy dtype `kind`."""
         import numpy as np
 
-        if self.cut is not None:
-            return _Counted(start, values.size, 0, values[:0], np.zeros(0, np.int64))
-        ends = np.array([self._low, self._high], values.dtype)
-        many = (True, True) if ends[0] == ends[1] else self._many
-        # What is collected: from the first number on, below the second.
-        inner = np.nextafter(ends, np.array(np.inf, values.dtype))
-        first, stop = (inner[0] if many[0] else ends[0]), (ends[1] if many[1] else inner[1])
-        inside, reached = _inside(values, first, stop)
-        above = int(np.count_nonzero(values > ends[1])) if many[1] else reached
+        ends = np.array([self._low, self._high], kind)
         if ends[0] == ends[1]:
-            return _Counted(start, values.size, above, ends[:1], np.array([reached - above]))
-        low = int(np.count_nonzero(values == ends[0])) if many[0] else 0
-        distinct, counts = np.unique(inside, return_counts=True)
-        distinct = np.concatenate([ends[:1] if low else ends[:0], distinct, ends[1:]])
-        counts = np.concatenate([[low] if low else [], counts, [reached - above]]).astype(np.int64)
-        lowest, highest = _bits(ends).tolist()
-        spare = max((highest - lowest).bit_length() - _RESOLUTION, 0)
-        return _Counted(start, values.size, above, distinct, counts, spare)
+            self._many = (True, True)
+        inner = np.nextafter(ends, np.array(np.inf, kind))
+        first = inner[0] if self._many[0] else ends[0]
+        return Limits(first, ends[1] if self._many[1] else inner[1], *ends)
 
-    def settle(self, pieces: Sequence[_Counted]) -> None:
+    def count(self, values: Any, start: int) -> Counted:
+        """Count the elements above the bracket, and collect those inside."""
+        import numpy as np
+
+        size, kind = len(values), np.dtype(str(values.dtype).removeprefix("torch."))
+        if self.cut is not None:
+            return Counted(start, size, 0, np.zeros(0, kind))
+        limits = self.limits(kind)
+        inside, reached = inside_of(values, limits.first, limits.stop)
+        low = count_of(values == float(limits.low)) if self._many[0] else 0
+        high = count_of(values == float(limits.high)) if self._many[1] else 0
+        return self.counted(start, size, limits, (reached, low, high), inside)
+
+    def counted(
+        self, start: int, size: int, limits: Limits, found: tuple[int, int, int], inside: Any
+    ) -> Counted:
+        """Return what `Tally` found, put together."""
+        reached, low, high = found
+        # Of many elements equal to an end none were collected.
+        low = low if self._many[0] and limits.low != limits.high else 0
+        high = high if self._many[1] else 0
+        lowest, highest = bits(limits.low), bits(limits.high)
+        spare = max(int(highest - lowest).bit_length() - RESOLUTION, 0)
+        ends = (limits.low, limits.high)
+        piece = Counted(
+            start, size, reached - high, inside, ends=ends, equal=(low, high), spare=spare
+        )
+        # The bracket missed: what is collected is not to grow with the chunk.
+        return piece.distinct() if len(inside) > _MOST * size else piece
+
+    def settle(self, pieces: Sequence[Counted]) -> None:
         """Find the cut if its value lies inside the bracket; its position may stay open.
 
         If not, set the bracket to where it must lie.
@@ -198,7 +214,10 @@ class _Target:
 
         if self.cut is not None:
             return
-        whole = _merge(pieces)
+        if all(piece.counts is None for piece in pieces):
+            self._rank(pieces)
+            return
+        whole = merge(pieces)
         self._many = (False, False)  # known of the sample's ends only
         # How many elements are at least as large as each value, the largest value first.
         reached = whole.above + np.cumsum(whole.counts[::-1])
@@ -212,13 +231,27 @@ class _Target:
         elif whole.rounded:
             # All that stands for the value, and nothing more: the next value may be far.
             value, high = whole.values[::-1][index], whole.values.dtype.type(self._high)
-            end = np.array([min(int(_bits(value)) + (1 << whole.spare), int(_bits(high)))])
-            end = end.astype(_bits(value).dtype).view(value.dtype)
+            end = np.array([min(int(bits(value)) + (1 << whole.spare), int(bits(high)))])
+            end = end.astype(bits(value).dtype).view(value.dtype)
             self._low, self._high = float(value), float(end[0])
         else:
             self._found(whole.values[::-1][index], self._count - int(reached[index]), pieces)
 
-    def _found(self, value: Any, beyond: int, pieces: Sequence[_Counted]) -> None:
+    def _rank(self, pieces: Sequence[Counted]) -> None:
+        """Do as `settle`, from values as they were collected."""
+        above, inside = (sum(getattr(p, name) for p in pieces) for name in ("above", "inside"))
+        self._many = (False, False)
+        if self._count <= above:
+            self._low, self._high = self._high, math.inf
+        elif self._count > above + inside:
+            if self._low == 0.0:
+                raise ValueError(_NOT_FINITE)
+            self._low, self._high = 0.0, self._low
+        else:
+            value, reached = largest(pieces, self._count - above)
+            self._found(value, self._count - above - reached, pieces)
+
+    def _found(self, value: Any, beyond: int, pieces: Sequence[Counted]) -> None:
         """Set the cut's value, and the piece in which the last element that belongs lies.
 
         Args:
@@ -230,7 +263,7 @@ class _Target:
 
         if not np.isfinite(value):
             raise ValueError(_NOT_FINITE)
-        each = [int(piece.counts[piece.values == value].sum()) for piece in pieces]
+        each = [piece.equal_to(value) for piece in pieces]
         left = sum(each) + beyond
         self.cut = Cut(float(value), self._numel)
         if not beyond:
@@ -247,6 +280,10 @@ class _Target:
 
         if self.border is None or self.cut is None:
             return np.zeros(0, np.int64)
+        if not isinstance(values, np.ndarray):
+            from moeforge.methods._gpu import equal
+
+            return equal(values, self.cut.value) + start
         return np.flatnonzero(values == self.cut.value) + start
 
     def locate(self, found: dict[tuple[int, int], Any]) -> None:
@@ -255,69 +292,9 @@ class _Target:
             self.cut = Cut(self.cut.value, int(found[self.border][self._equal - 1]))
 
 
-def _inside(values: Any, first: Any, stop: Any) -> tuple[Any, int]:
-    """Return those of `values` from `first` on and below `stop`; and how many are `stop` or more.
-
-    All float32, or all float64; numpy.
-    """
-    import numpy as np
-
-    if first >= stop:
-        return values[:0], int(np.count_nonzero(values >= stop))
-    if kernels.loaded() and values.dtype == np.float32:
-        from moeforge.kernels.differences import tally
-
-        room = np.empty(values.size + 1, np.float32)
-        reached, count = tally(values, first, stop, room)
-        return room[:count], reached
-    reaching = values >= stop
-    within = values >= first
-    within ^= reaching
-    # Taking by number is several times faster than by a mask.
-    return values.take(np.flatnonzero(within)), int(np.count_nonzero(reaching))
-
-
 def _index(size: int, rank: float) -> int:
     """Return the place in ascending order of the element that is `rank`-th from the top."""
     return min(max(size - round(rank), 0), size - 1)
-
-
-def _bits(magnitudes: Any) -> Any:
-    """Return the bits of magnitudes as integers, in the same order as the magnitudes."""
-    import numpy as np
-
-    return magnitudes.view(np.int32 if magnitudes.dtype == np.float32 else np.int64)
-
-
-def _merge(pieces: Sequence[_Counted]) -> _Counted:
-    """Put what neighbouring pieces of a tensor hold together, as fine as the coarsest of them."""
-    import numpy as np
-
-    values = np.concatenate([piece.values for piece in pieces])
-    rounded, spare = any(piece.rounded for piece in pieces), pieces[0].spare
-    if rounded:
-        values = (_bits(values) >> spare << spare).view(values.dtype)
-    values, place = np.unique(values, return_inverse=True)
-    counts = np.zeros(len(values), np.int64)
-    np.add.at(counts, place, np.concatenate([piece.counts for piece in pieces]))
-    size, above = sum(piece.size for piece in pieces), sum(piece.above for piece in pieces)
-    return _Counted(pieces[0].start, size, above, values, counts, spare, rounded)
-
-
-def _limit(most: int) -> Callable[[Sequence[_Counted]], list[_Counted]]:
-    """Return a join of a chunk's pieces that holds about `most` distinct values, and no more than
-    2 ** _RESOLUTION if there are more.
-    """  # noqa: D205
-
-    def join(pieces: Sequence[_Counted]) -> list[_Counted]:
-        if sum(len(piece.values) for piece in pieces) <= most:
-            return list(pieces)
-        whole = _merge(pieces)
-        if len(whole.values) > most and whole.spare:
-            whole = _merge([replace(whole, rounded=True)])
-        return [whole]
-
-    return join
 
 
 def _concatenate(pieces: Sequence[Any]) -> Any:
@@ -330,6 +307,7 @@ def cuts(
     magnitudes: Magnitudes,
     wanted: Sequence[Sequence[int]],
     place: Place,
+    tally: Tally | None = None,
 ) -> Measurement:
     """Return, for each quantity and each count k wanted of it, the Cut that keeps its k largest.
 
@@ -337,6 +315,7 @@ def cuts(
         magnitudes: the quantities.
         wanted: counts for each quantity.
         place: shape of the whole tensor.
+        tally: counts compiled, where it can.
 
     Raises:
         ValueError: a quantity has NaN or infinite values where it counts.
@@ -345,6 +324,22 @@ def cuts(
 
     def missing() -> bool:
         return any(target.cut is None for target in targets)
+
+    def counted(tensors: Tensor, here: Place) -> list[Any] | None:
+        import numpy as np
+
+        wanting = [target for target in targets if target.cut is None]
+        limits = [target.limits(np.float32) for target in wanting]
+        quantities, size = [target.quantity for target in wanting], tensors.shape[1]
+        if tally is None or (found := tally(tensors, quantities, np.array(limits))) is None:
+            return None
+        done = {id(target): lines for target, *lines in zip(wanting, limits, *found, strict=True)}
+        return [
+            target.counted(here.start, size, *done[id(target)])
+            if id(target) in done
+            else target.count(np.zeros(0, np.float32), here.start)
+            for target in targets
+        ]
 
     def scan(
         name: str,
@@ -356,7 +351,12 @@ def cuts(
         """Scan with method `name` of every target; return each target with its chunks' results."""
 
         def look(tensors: Tensor, here: Place) -> list[Any]:
-            arrays = magnitudes(tensors, here).cpu().numpy()
+            if name == "count" and (found := counted(tensors, here)) is not None:
+                return found
+            arrays: Any = magnitudes(tensors, here)
+            # What is counted or looked for stays where it is.
+            if name == "copy" or arrays.device.type != "cuda":
+                arrays = arrays.cpu().numpy()
             return [getattr(t, name)(arrays[t.quantity], here.start) for t in targets]
 
         def join_each(pieces: list[Any]) -> list[Any]:
@@ -372,7 +372,7 @@ def cuts(
         for target, found in (yield from scan("copy", _concatenate, sample=True)):
             target.bracket(found)
     while missing():
-        join = _limit(_DISTINCT * CHUNK // place.numel)
+        join = limit(_HELD * CHUNK // place.numel)
         for target, found in (yield from scan("count", join)):
             target.settle([piece for pieces in found for piece in pieces])
     borders = tuple(sorted({target.border for target in targets if target.border}))

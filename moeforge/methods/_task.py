@@ -206,10 +206,10 @@ def _merged(
     borders = np.zeros((models, 2), np.int64)
     values = np.empty((models, 2, 2), np.float32)
     values[:, 0], values[:, 1] = -1.0, np.inf
-    outliers = False
+    sparse = False
     for i, share in enumerate(densities(params)):
         cuts = bounds(i, stats.found, place) if share < 1 else (None, None)
-        outliers = outliers or cuts[1] is not None
+        sparse = sparse or cuts[0] is not None
         for which, cut in enumerate(cuts):
             if cut is not None:
                 borders[i, which] = cut.last + 1 - place.start
@@ -217,14 +217,14 @@ def _merged(
                 below = np.nextafter(np.float32(cut.value), np.float32(0.0)) if cut.value else -1.0
                 values[i, which] = below, cut.value
     kept = np.empty((0, 0), np.uint8) if bits is None else np.unpackbits(bits, 1, count)
-    out = torch.empty(count)
+    out = torch.empty(count, dtype=torch.bfloat16 if place.rounded else torch.float32)
     task(
-        *(matrix, borders, values, outliers, kept),
+        *(matrix, borders, values, sparse, kept),
         np.array([w * f for w, f in zip(weights, stats.factors, strict=True)], np.float32),
         *(np.array(weights, np.float32), consensus, bool(params["normalize"])),
         len(set(weights)) == 1,
         np.float32(1.0 if consensus or not divides else divisor),
-        *(np.float32(params["lambda"]), out.numpy()),
+        *(np.float32(params["lambda"]), kernels.matrix(out)),
     )
     return out
 
