@@ -16,11 +16,21 @@ SAME = {
     *("nearswap", "ram", "passthrough"),
 }
 """Methods whose sums over tensors, if any, are of integers: the same bytes as on the CPU."""
+BOUND = 2.0**-20
+"""Of the largest input: how far a GPU is from the CPU where its sums over tensors differ."""
 ALL = [
     *("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs"),
     *("breadcrumbs_ties", "della", "della_linear", "model_stock", "karcher", "multislerp"),
     *("nuslerp", "nearswap", "ram", "ramplus_tl", "sce", "arcee_fusion"),
 ]
+
+
+def tensor(source):
+    """Return what a source holds, flat."""
+    spec = source.specs()["x"]
+    raw = bytearray(2 * spec.numel)
+    source.read("x", 0, memoryview(raw))
+    return torch.frombuffer(raw, dtype=torch.bfloat16)
 
 
 def ulps(a, b):
@@ -31,13 +41,13 @@ def ulps(a, b):
 
 
 def on(device, method, folder, **more):
-    return build(method, folder, settings=Settings(device=device, **more))[1]
+    return build(method, folder, settings=Settings(device=device, **more))
 
 
 @pytest.mark.parametrize("method", ALL)
 def test_a_gpu_gives_what_the_cpu_gives(method, tmp_path):
-    expected = on("cpu", method, tmp_path / "cpu", threads=1)
-    found = on("cuda", method, tmp_path / "gpu", threads=3)
+    sources, expected = on("cpu", method, tmp_path / "cpu", threads=1)
+    found = on("cuda", method, tmp_path / "gpu", threads=3)[1]
     apart = ulps(found, expected)
     print(
         method, "differ:", int(apart.count_nonzero()), "of", apart.numel(), "by", int(apart.max())
@@ -45,9 +55,13 @@ def test_a_gpu_gives_what_the_cpu_gives(method, tmp_path):
     if method in SAME:
         assert torch.equal(found, expected)
     else:
-        assert int(apart.max()) <= 1
+        # One unit in the last place; or where terms cancel out, the last bits of the terms.
+        inputs = [tensor(source).float().abs() for source in sources]
+        largest = torch.stack(inputs).amax(0).view_as(found)
+        near = (found.float() - expected.float()).abs() <= BOUND * largest
+        assert bool(((apart <= 1) | near).all())
         assert apart.count_nonzero() < 1e-3 * apart.numel()
-    smaller = on("cuda", method, tmp_path / "small", threads=1, slice_elements=2**17)
+    smaller = on("cuda", method, tmp_path / "small", threads=1, slice_elements=2**17)[1]
     assert torch.equal(found, smaller)
 
 

@@ -79,16 +79,12 @@ class Counted:
 def inside_of(values: Any, first: Any, stop: Any) -> tuple[Any, int]:
     """Return those of `values` from `first` on and below `stop`; and how many are `stop` or more.
 
-    All float32, or all float64; numpy, or a tensor on a GPU.
+    All float32, or all float64; numpy.
     """
     import numpy as np
 
     if first >= stop:
-        return np.zeros(0, np.float32), count_of(values >= float(stop))
-    if not isinstance(values, np.ndarray):
-        from moeforge.methods._gpu import inside
-
-        return inside(values, float(first), float(stop))
+        return values[:0], int(np.count_nonzero(values >= stop))
     if kernels.loaded() and values.dtype == np.float32:
         from moeforge.kernels.counting import ROOM, tally
 
@@ -100,13 +96,6 @@ def inside_of(values: Any, first: Any, stop: Any) -> tuple[Any, int]:
     within ^= reaching
     # Taking by number is several times faster than by a mask.
     return values.take(np.flatnonzero(within)), int(np.count_nonzero(reaching))
-
-
-def count_of(mask: Any) -> int:
-    """Return how many of `mask` are true; an array, or a tensor on a GPU."""
-    import numpy as np
-
-    return int(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.count_nonzero())
 
 
 def bits(magnitudes: Any) -> Any:

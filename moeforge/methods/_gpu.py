@@ -6,6 +6,7 @@ block: how torch reduces a dimension on a GPU depends on how many others there a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,11 +41,31 @@ def gram(vectors: Tensor) -> list[Tensor]:
     return list(products.movedim(-1, 0))
 
 
-def inside(values: Tensor, first: float, stop: float) -> tuple[Any, int]:
-    """Return those from `first` on and below `stop`, as numpy; and how many are `stop` or more."""
+def tally(values: Tensor, quantities: Sequence[int], limits: Any) -> tuple[list[Any], list[Any]]:
+    """Count and collect magnitudes for several thresholds: what `_select.Tally` gives.
+
+    Args:
+        values: magnitudes, [all quantities, elements].
+        quantities: for each threshold, of what it is one.
+        limits: numpy [thresholds, 4], lines of `_counted.Limits`, of the dtype of `values`.
+    """
+    import numpy as np
+
+    if list(quantities) != list(range(len(values))):
+        values = values[list(quantities)]
+    first, stop, low, high = torch.from_numpy(limits).to(values.device).T[:, :, None]
     reaching = values >= stop
-    within = (values >= first).logical_xor_(reaching)
-    return values[within].cpu().numpy(), int(reaching.count_nonzero())
+    within = (values >= first) & ~reaching
+    counts = torch.stack([reaching.sum(1), (values == low).sum(1), (values == high).sum(1)])
+    lengths = within.sum(1)
+    found = values[within].cpu().numpy()
+    ends = lengths.cumsum(0).tolist()
+    return counts.T.tolist(), np.split(found, ends[:-1])
+
+
+def equal(values: Tensor, value: float) -> Any:
+    """Return the numbers of the elements that are equal to `value`; numpy, ascending."""
+    return (values == value).nonzero().flatten().cpu().numpy()
 
 
 def draws(key: int, start: int, count: int, device: torch.device) -> Tensor:

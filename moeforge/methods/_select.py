@@ -22,7 +22,6 @@ from moeforge.methods._counted import (
     Counted,
     Limits,
     bits,
-    count_of,
     inside_of,
     largest,
     limit,
@@ -176,13 +175,13 @@ class _Target:
         """Count the elements above the bracket, and collect those inside."""
         import numpy as np
 
-        size, kind = len(values), np.dtype(str(values.dtype).removeprefix("torch."))
+        size = len(values)
         if self.cut is not None:
-            return Counted(start, size, 0, np.zeros(0, kind))
-        limits = self.limits(kind)
+            return Counted(start, size, 0, values[:0])
+        limits = self.limits(values.dtype)
         inside, reached = inside_of(values, limits.first, limits.stop)
-        low = count_of(values == float(limits.low)) if self._many[0] else 0
-        high = count_of(values == float(limits.high)) if self._many[1] else 0
+        low = int(np.count_nonzero(values == limits.low)) if self._many[0] else 0
+        high = int(np.count_nonzero(values == limits.high)) if self._many[1] else 0
         return self.counted(start, size, limits, (reached, low, high), inside)
 
     def counted(
@@ -329,9 +328,14 @@ def cuts(
         import numpy as np
 
         wanting = [target for target in targets if target.cut is None]
-        limits = [target.limits(np.float32) for target in wanting]
+        kind = np.float64 if tensors.element_size() == 8 else np.float32
+        limits = [target.limits(kind) for target in wanting]
         quantities, size = [target.quantity for target in wanting], tensors.shape[1]
-        if tally is None or (found := tally(tensors, quantities, np.array(limits))) is None:
+        if tensors.device.type == "cuda":
+            from moeforge.methods._gpu import tally as tally_there
+
+            found = tally_there(magnitudes(tensors, here), quantities, np.array(limits))
+        elif tally is None or (found := tally(tensors, quantities, np.array(limits))) is None:
             return None
         done = {id(target): lines for target, *lines in zip(wanting, limits, *found, strict=True)}
         return [
@@ -354,8 +358,7 @@ def cuts(
             if name == "count" and (found := counted(tensors, here)) is not None:
                 return found
             arrays: Any = magnitudes(tensors, here)
-            # What is counted or looked for stays where it is.
-            if name == "copy" or arrays.device.type != "cuda":
+            if name != "positions" or arrays.device.type != "cuda":
                 arrays = arrays.cpu().numpy()
             return [getattr(t, name)(arrays[t.quantity], here.start) for t in targets]
 
