@@ -1,5 +1,6 @@
 """What a GPU computes: the bytes of the CPU, or a bounded distance from them."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,8 +9,9 @@ from test_crash import slerp
 
 from moeforge import catalog, engine, forge
 from moeforge.engine import Settings, evaluate
+from moeforge.methods import BLOCK, Place, _gpu, _random, _rank
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 SAME = {
     *("linear", "task_arithmetic", "ties", "dare_linear", "breadcrumbs", "breadcrumbs_ties"),
@@ -44,6 +46,7 @@ def on(device, method, folder, **more):
     return build(method, folder, settings=Settings(device=device, **more))
 
 
+@needs_gpu
 @pytest.mark.parametrize("method", ALL)
 def test_a_gpu_gives_what_the_cpu_gives(method, tmp_path):
     sources, expected = on("cpu", method, tmp_path / "cpu", threads=1)
@@ -69,11 +72,13 @@ def test_every_method_is_compared():
     assert {*ALL, "passthrough"} == {*catalog.names("methods")}
 
 
+@needs_gpu
 def test_all_gpus_are_used_unless_one_is_named():
     assert engine.devices_of("cuda") == [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     assert engine.devices_of("cuda:0") == ["cuda:0"]
 
 
+@needs_gpu
 def test_a_gpu_without_memory_gives_way(llamas, tmp_path, monkeypatch):
     """What is asked for beyond a limit fails as it does on a card that is full."""
     forge.build(slerp(*llamas[:2]), tmp_path / "whole", verify=False)
@@ -94,6 +99,7 @@ def test_a_gpu_without_memory_gives_way(llamas, tmp_path, monkeypatch):
     ).read_bytes()
 
 
+@needs_gpu
 @pytest.mark.parametrize("gate", ["hidden", "fitted", "cheap_embed"])
 def test_gates_on_a_gpu(gate, llamas, tmp_path):
     recipe = {
@@ -116,3 +122,65 @@ def test_gates_on_a_gpu(gate, llamas, tmp_path):
             assert torch.allclose(found[name], tensor, atol=2e-3), name
         else:
             assert torch.equal(found[name], tensor), name
+
+
+# What is computed otherwise on a GPU, here on the CPU: torch is the same.
+
+
+def test_sums_of_blocks_do_not_depend_on_what_lies_beside_them():
+    values = torch.randn(3, 2 * BLOCK + 700, generator=torch.Generator().manual_seed(1))
+    sums = _gpu.block_sums(values)
+    assert sums.shape == (3, 3)
+    for number, block in enumerate(values.split(BLOCK, 1)):
+        assert torch.equal(_gpu.block_sums(block)[:, 0], sums[:, number])
+        exact = block.double().sum(1)
+        assert torch.allclose(sums[:, number].double(), exact, rtol=0, atol=2e-4)
+
+
+def test_gram_matrices_are_those_of_float64():
+    vectors = torch.randn(3, BLOCK + 9, generator=torch.Generator().manual_seed(2))
+    found = _gpu.gram(vectors)
+    for matrix, block in zip(found, vectors.double().split(BLOCK, 1), strict=True):
+        assert torch.allclose(matrix, block @ block.T, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("start", [0, 3, 4_000_001])
+def test_draws_are_those_of_the_cpu(start):
+    expected = _random.draws(0x9E3779B97F4A7C15, start, 1001)
+    found = _gpu.draws(0x9E3779B97F4A7C15, start, 1001, torch.device("cpu"))
+    assert found.numpy().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("row", [1, 7, 512])
+def test_ranks_are_those_of_the_cpu(row):
+    # Of bfloat16, so that many are equal and rank by position.
+    delta = torch.randn(row * 40, generator=torch.Generator().manual_seed(3)).bfloat16().float()
+    params = {"key": 11, "density": (None, 0.4), "epsilon": (None, 0.2)}
+    expected, start = delta.clone(), 5 * row
+    _rank.thin_by_rank(0, expected, params, None, Place((90, row), start))
+    drawn = _gpu.draws(_random.derive(11, 0), start, len(delta), delta.device)
+    surely, maybe, needed = _rank._ranks_needed(0.4, 0.2, row)
+    _gpu.thin(delta, row, drawn, surely, maybe, torch.from_numpy(needed))
+    assert torch.equal(delta, expected)
+    assert 0 < int(delta.count_nonzero()) < len(delta)
+
+
+@pytest.mark.parametrize("quantities", [[0, 1], [1, 1], [1]])
+def test_magnitudes_are_counted_and_collected(quantities):
+    values = torch.randint(0, 50, (2, 3000), generator=torch.Generator().manual_seed(4)).float()
+    # The second bracket is a single value: nothing lies inside it.
+    limits = np.array([[10, 20, 9, 20], [31, 30, 30, 30]], np.float32)[: len(quantities)]
+    counts, inside = _gpu.tally(values, quantities, limits)
+    for line, (first, stop, low, high) in enumerate(limits.tolist()):
+        own = values[quantities[line]].tolist()
+        assert counts[line] == [
+            sum(v >= stop for v in own),
+            sum(v == low for v in own),
+            sum(v == high for v in own),
+        ]
+        assert inside[line].tolist() == [v for v in own if first <= v < stop]
+    assert len(inside) == len(quantities)
+
+
+def test_equal_magnitudes_are_found():
+    assert _gpu.equal(torch.tensor([2.0, 1.0, 2.0]), 2.0).tolist() == [0, 2]

@@ -52,10 +52,16 @@ WINDOW = 2**18
 """Bytes of an input tensor that a worker reads at a time."""
 BAND = 2**22
 """Elements of a transposed matrix that a worker holds, or a row of it where that is more."""
+GPU_WORKERS = 8
+"""Threads that keep GPUs at work, at most: more of them wait for Python; docs/performance.md."""
 INTERPRETER = 280_000_000
 """Bytes that Python and torch take before any work, measured; see docs/performance.md."""
 COMPILER = 130_000_000
 """Bytes that numba takes where compiled arithmetic is loaded, measured."""
+CONTEXT = 500_000_000
+"""Bytes that a GPU takes for itself in a process that uses it."""
+CUDA_INTERPRETER = 760_000_000
+"""The same with CUDA, what it holds on the host included, measured."""
 COPY_INTERPRETER = 60_000_000
 """The same where everything is copied and torch is never imported."""
 PER_TENSOR = 1300
@@ -83,7 +89,8 @@ class Settings:
     @property
     def workers(self) -> int:
         """Number of workers."""
-        return self.threads or cores()
+        most = cores() if self.device == "cpu" else min(cores(), GPU_WORKERS)
+        return self.threads or most
 
     def slice_for(self, plan: Plan) -> int:
         """Return elements per slice for `plan`: the default, or less where memory is short."""
@@ -145,7 +152,10 @@ def _kernels(plan: Plan, settings: Settings) -> set[str]:
 
 
 def peak_memory(plan: Plan, settings: Settings, slice_elements: int | None = None) -> int:
-    """Return an estimate of the engine's peak memory in bytes, the interpreter included."""
+    """Return an estimate of the engine's peak memory in bytes, the interpreter included.
+
+    Where a GPU computes: of the host's. See `gpu_memory` for its own.
+    """
     read = sum(len(source.specs()) for source in plan.sources.values())
     planned = PER_TENSOR * (len(plan.tensors) + read)
     if is_copy_only(plan):
@@ -155,11 +165,23 @@ def peak_memory(plan: Plan, settings: Settings, slice_elements: int | None = Non
     parts = (part for tensor in plan.tensors for part in walk(tensor.expr))
     merges = (methods.load(part.method) for part in parts if isinstance(part, Merge))
     choices = HELD // 8 if any(method.random for method in merges) else 0
+    if settings.device.startswith("cuda"):
+        # A slice of each input as it is stored, and one of the output: what is copied to and from.
+        return CUDA_INTERPRETER + planned + settings.workers * (4 * reads + 8) * size
     # Results in 8 bytes per element at most, as many temporaries of a method, one raw output; and
     # of each input what is read at a time.
     per_worker = (2 * max(buffers, 1) + 2) * 8 * size + reads * WINDOW + bands + choices
     compiler = COMPILER if _kernels(plan, settings) else 0
     return INTERPRETER + compiler + planned + settings.workers * per_worker
+
+
+def gpu_memory(plan: Plan, settings: Settings) -> int:
+    """Return an estimate of the most memory that is taken on the GPUs together, in bytes."""
+    if is_copy_only(plan):
+        return 0
+    buffers, _, bands = buffers_needed(plan)
+    slices = (2 * max(buffers, 1) + 2) * 8 * settings.slice_for(plan)
+    return CONTEXT + settings.workers * (slices + bands)
 
 
 def run(
