@@ -14,7 +14,7 @@ from moeforge.methods import BLOCK, Place, _gpu, _random, _rank
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 SAME = {
-    *("linear", "task_arithmetic", "ties", "dare_linear", "breadcrumbs", "breadcrumbs_ties"),
+    *("linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties"),
     *("nearswap", "ram", "passthrough"),
 }
 """Methods whose sums over tensors, if any, are of integers: the same bytes as on the CPU."""
