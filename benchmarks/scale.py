@@ -207,7 +207,7 @@ def recipes(scratch: Path) -> dict[str, dict[str, Any]]:
 
 def begin_build(recipe: str) -> None:
     """Do what a build does before its first byte: plan, layout, fingerprint, jobs."""
-    from moeforge import engine, forge
+    from moeforge import engine
     from moeforge.engine.jobs import jobs_of
     from moeforge.engine.seal import Sealer
     from moeforge.output.layout import index, lay_out
@@ -216,7 +216,7 @@ def begin_build(recipe: str) -> None:
     prepared = prepare(recipe, offline=True)
     plan = prepared.plan
     shards = lay_out(plan.tensors)
-    forge._fingerprint(prepared, shards, "cpu")
+    prepared.fingerprint(shards, "cpu")
     index(shards)
     engine.peak_memory(plan, engine.Settings())
     jobs = jobs_of(plan, shards, None)  # type: ignore[arg-type]

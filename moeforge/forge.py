@@ -16,12 +16,12 @@ from moeforge import build_report, engine, sharing, tuning, vouch
 from moeforge.bars import Progress, watched
 from moeforge.checking import Report, check
 from moeforge.checking.needs import needs_of
+from moeforge.checking.verdict import judge
 from moeforge.engine import Settings
 from moeforge.errors import BuildError, Finding, PlanError
 from moeforge.output import cards, folder
-from moeforge.output.fingerprint import fingerprint
 from moeforge.output.journal import Journal, building
-from moeforge.output.layout import DEFAULT_SHARD_SIZE, Shard, index, lay_out
+from moeforge.output.layout import DEFAULT_SHARD_SIZE, index, lay_out
 from moeforge.output.staging import refuse_existing, refuse_inputs
 from moeforge.plans import ROUTERS, Plan
 from moeforge.prepare import Prepared, prepare
@@ -29,7 +29,7 @@ from moeforge.prompting import with_selection
 from moeforge.ranks import Group
 from moeforge.recipe import LoadedRecipe, MoeRecipe
 from moeforge.routers import Routers, compute_routers, packed, unpacked
-from moeforge.shown import Shown
+from moeforge.shown import Shown, show_size
 
 if TYPE_CHECKING:
     from moeforge.gates import LayerFit
@@ -110,7 +110,7 @@ def build(
         memory: bytes that the process may take, for choosing the slice size.
         shard_size: most bytes of tensors per file.
         overwrite: replace an existing model folder.
-        strict: what warnings say before work starts is an error.
+        strict: warnings that come before work starts are errors; see `checking.verdict`.
         evict: remove downloads of this build from the Hub's cache when they are used up.
         offline: use only what is in the local Hub cache.
         verify: check the output before it is published.
@@ -132,14 +132,10 @@ def build(
         note(finding)
 
     prepared = prepare(recipe, offline=offline)
-    if strict:
-        prepared.refuse_warnings()
     if evict:
         _refuse_second_reading(prepared, group)
     plan = prepared.plan
     target = Path(out) if out is not None else Path(prepared.loaded.stem)
-    for finding in prepared.notes():
-        remark(finding)
     if group:
         threads, seen = threads or group.threads, group.watching(seen)
     settings = Settings(threads=threads, memory=memory, device=device, evict=evict)
@@ -147,16 +143,19 @@ def build(
     refuse_existing(target, overwrite=overwrite)
     cards.yours_alone(target)  # what users wrote there is kept, or nothing is built
     refuse_inputs(target, (source.folder for source in plan.sources.values() if source.folder))
-    identity = _fingerprint(prepared, shards, device)
+    identity = prepared.fingerprint(shards, device)
     if group:
         sharing.agree(group, identity)
     if group and group.rank:
         sharing.follow(group, plan, shards, settings)
         return Result(target, plan, time.perf_counter() - began, None)
+    found = judge(prepared, needs_of(prepared, target, settings, shards, identity), strict=strict)
+    for finding in found.heeded():
+        remark(finding)
+    _heed_limit(plan, settings)
     together = group.together() if group else nullcontext()
     with building(target, identity, overwrite=overwrite, note=remark) as journal, together:
         work = journal.folder
-        _check_room(prepared, settings, target, sum(seal.nbytes for seal in journal.kept.values()))
         folder.copy_companions(plan.donor.folder, work)
         if plan.tokenizer:
             plan.tokenizer.write(work)
@@ -189,7 +188,7 @@ def build(
             teaching=lambda done, total: seen("teachers", done, total),
             changing=journal.forget,
         )
-        found = build_report.measure_and_tell(prepared, plan, work, target, tuned, seen, remark)
+        measured = build_report.measure_and_tell(prepared, plan, work, target, tuned, seen, remark)
         asked = vouch.Asked(device, shard_size, memory, verify, hash_inputs)
         if tuned:
             sealed = {}  # the routers in them were written over
@@ -197,8 +196,8 @@ def build(
     if group:
         group.tell(end=True)
     seconds = time.perf_counter() - began
-    measured = (found.heldout, fits, tuned, found.routing, verified)
-    return Result(target, plan, seconds, *measured, tuple(noted))
+    facts = (measured.heldout, fits, tuned, measured.routing, verified)
+    return Result(target, plan, seconds, *facts, tuple(noted))
 
 
 def _refuse_second_reading(prepared: Prepared, group: Group | None) -> None:
@@ -214,15 +213,6 @@ def _refuse_second_reading(prepared: Prepared, group: Group | None) -> None:
         raise PlanError(*prepared.loaded.place([Finding(what, "Leave out one of them.", (word,))]))
 
 
-def _fingerprint(prepared: Prepared, shards: tuple[Shard, ...], device: str) -> str:
-    """Return what tells whether files of an earlier run are those that this build would make."""
-    recipe, more = prepared.loaded.recipe, list[str]()
-    if prepared.plan.experts:
-        later = {"evaluate": None, "tune": None}  # what is done when the weights are there
-        more = [repr(recipe.model_copy(update=later)), repr(prepared.prompts)]
-    return fingerprint(prepared.plan, shards, device.split(":")[0], more)
-
-
 def _routers(prepared: Prepared, journal: Journal, device: str, progress: Progress) -> Routers:
     """Return the router weights: those of an earlier run of this build, or new ones."""
     if journal.routers is not None:
@@ -232,13 +222,10 @@ def _routers(prepared: Prepared, journal: Journal, device: str, progress: Progre
     return routers
 
 
-def _check_room(prepared: Prepared, settings: Settings, target: Path, kept: int) -> None:
-    """Refuse what cannot fit on the disk or in the memory that it may take."""
-    taken = needs_of(prepared, target, settings.device, evict=settings.evict)
-    if short := replace(taken, disk=max(taken.disk - kept, 0)).errors():
-        raise BuildError(*short)
-    peak = engine.peak_memory(prepared.plan, settings)
+def _heed_limit(plan: Plan, settings: Settings) -> None:
+    """Refuse what does not fit into the memory that it may take."""
+    peak = engine.peak_memory(plan, settings)
     if settings.memory and peak > settings.memory:
-        allowed = f"--memory allows {settings.memory / 1e6:.0f} MB"
-        what = f"this build needs about {peak / 1e6:.0f} MB, {allowed}"
+        allowed = f"--memory allows {show_size(settings.memory)}"
+        what = f"this build needs about {show_size(peak)}, {allowed}"
         raise BuildError(Finding(what, "Allow more, or use fewer --threads."))

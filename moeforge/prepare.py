@@ -10,7 +10,9 @@ from typing import Any
 from moeforge import gates
 from moeforge import recipe as recipes
 from moeforge.errors import Finding, MoeforgeError, PlanError
+from moeforge.output.fingerprint import fingerprint
 from moeforge.output.folder import differing_modules, has_chat_template, has_tokenizer
+from moeforge.output.layout import Shard
 from moeforge.planners import Planner
 from moeforge.planners.align import rows
 from moeforge.planners.vocab import tokens_of
@@ -74,14 +76,18 @@ class Prepared:
             notes.append(Finding(f"{self.plan.donor.key} has no tokenizer: the output has none"))
         return tuple(notes)
 
-    def refuse_warnings(self) -> None:
-        """Treat what probably harms the result as what is wrong.
+    def fingerprint(self, shards: Sequence[Shard], device: str) -> str:
+        """Return what tells whether files of an earlier run are those that this build would make.
 
-        Raises:
-            PlanError: with all warnings, if there are any.
+        Args:
+            shards: how the output is divided into files.
+            device: torch device of the arithmetic.
         """
-        if harmful := [note for note in self.notes() if note.warning]:
-            raise PlanError(*harmful)
+        more = list[str]()
+        if self.plan.experts:
+            later = {"evaluate": None, "tune": None}  # what is done when the weights are there
+            more = [repr(self.loaded.recipe.model_copy(update=later)), repr(self.prompts)]
+        return fingerprint(self.plan, shards, device.split(":")[0], more)
 
 
 def _read_prompts(

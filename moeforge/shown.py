@@ -20,9 +20,9 @@ class Shown:
 
 
 def show_size(count: int) -> str:
-    """Return a number of bytes for people: 1.23 GB."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
+    """Return a number of bytes for people, in three digits: 1.23 GB."""
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * size:  # 999.7 MB are 1 GB in three digits
             return f"{count / size:.3g} {unit}"
     return f"{count} B"
 

@@ -171,9 +171,9 @@ def allocate(descriptor: int, nbytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def room_of(descriptor: int) -> int:
+def room_of(file: int | Path) -> int:
     """Return the bytes of disk that a file takes, holes apart where the system tells of them."""
-    stat = os.fstat(descriptor)
+    stat = os.stat(file)
     return int(stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size)
 
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moeforge import catalog, families, gates, methods
-from moeforge.checking.needs import peak_memory, sized
+from moeforge.checking.needs import peak_memory
 from moeforge.checking.origins import groups
 from moeforge.engine import Settings
 from moeforge.families import _remote
@@ -20,6 +20,7 @@ from moeforge.planners.model import from_source, listing
 from moeforge.plans import Plan, dump
 from moeforge.prepare import Prepared
 from moeforge.recipe import REMOTE
+from moeforge.shown import show_size
 from moeforge.sources import Source
 
 if TYPE_CHECKING:
@@ -97,12 +98,12 @@ def plan_table(plan: Plan, described: dict[str, Any]) -> Table:
         for name, why in e.considered:
             table.add_row("architecture", escape(f"{name}: {why}"))
     table.add_row("parameters", parameters)
-    table.add_row("reads", escape(f"{sized(plan.bytes_read)} from {', '.join(plan.sources)}"))
+    table.add_row("reads", escape(f"{show_size(plan.bytes_read)} from {', '.join(plan.sources)}"))
     copied = 100 * plan.bytes_copied / max(plan.nbytes, 1)
     files = len({tensor["file"] for tensor in described["tensors"]})
-    written = sized(described["bytes_written"])
+    written = show_size(described["bytes_written"])
     table.add_row("writes", f"{written} in {files} file(s), {copied:.0f} % copied as it is")
-    table.add_row("needs", f"about {sized(described['peak_memory'])} memory, {written} disk")
+    table.add_row("needs", f"about {show_size(described['peak_memory'])} memory, {written} disk")
     for left in groups(plan.left_out):
         where = listing(left["where"])
         what = f"{left['tensors']} tensors of {left['model']}: {where} ({left['why']})"
@@ -162,7 +163,7 @@ def facts_table(found: dict[str, Any]) -> Table:
         if key == "parameters":
             text = f"{amount(value)} ({value:,})"
         elif key == "bytes":
-            text = sized(value)
+            text = show_size(value)
         elif key == "dtypes":
             text = ", ".join(value)
         elif key == "moe_families":

@@ -1,5 +1,6 @@
 """What is said before a build: models side by side, values, needs, origins, strictness."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -9,13 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 from hub_server import HubServer
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import edit_config
 
 import moeforge
 from moeforge import checking
 from moeforge.checking import compatibility, explain, needs, origins
-from moeforge.errors import PlanError
+from moeforge.errors import BuildError, PlanError
+from moeforge.output.journal import Journal
+from moeforge.output.layout import lay_out
 from moeforge.plans import Read
 
 WEIGHTS = "model.safetensors"
@@ -49,6 +53,13 @@ def written(folder, data):
     path = folder / "recipe.yml"
     path.write_text(yaml.safe_dump(data))
     return path
+
+
+def text_of(part):
+    """What a terminal shows of a table."""
+    console = Console(record=True, file=io.StringIO(), width=120)
+    console.print(part)
+    return console.export_text()
 
 
 # --- models side by side -------------------------------------------------------------------------
@@ -142,21 +153,61 @@ def test_a_disk_that_is_too_small_is_an_error_with_numbers(llamas, tmp_path, mon
     report = checking.check(linear(*llamas[:2]), tmp_path / "out")
     assert report.exit_code == 5
     (error,) = report.errors
-    size = (llamas[0] / WEIGHTS).stat().st_size / 1e6
-    assert f"takes {size:.2f} MB" in error.what
-    assert "0.00 MB free" in error.what
-    half = sum(tensor.nbytes for tensor in load_file(llamas[0] / WEIGHTS).values()) / 2e6
-    assert f"dtype: bfloat16 (saves {half:.2f} MB)" in error.fix
+    size = (llamas[0] / WEIGHTS).stat().st_size / 1e3
+    assert f"takes {size:.0f} kB" in error.what
+    assert "1 kB free" in error.what
+    half = sum(tensor.nbytes for tensor in load_file(llamas[0] / WEIGHTS).values()) / 2e3
+    assert f"dtype: bfloat16 (saves {half:.0f} kB)" in error.fix
     (narrow,) = checking.check(linear(*llamas[:2], dtype="bfloat16"), tmp_path / "out").errors
     assert "bfloat16" not in narrow.fix
 
 
-def test_short_memory_is_a_warning_and_strict_makes_it_an_error(llamas, monkeypatch):
+def test_short_memory_is_a_warning_and_strict_makes_it_an_error(llamas, tmp_path, monkeypatch):
     monkeypatch.setattr(needs, "free_memory", lambda: 1000)
     report = checking.check(linear(*llamas[:2]))
     assert report.exit_code == 0
     assert [note.warning for note in report.notes if "of memory" in note.what] == [True]
     assert checking.check(linear(*llamas[:2]), strict=True).exit_code == 4
+    with pytest.raises(PlanError, match="of memory, 1 kB are free"):
+        moeforge.build(linear(*llamas[:2]), tmp_path / "out", strict=True)
+    assert not list(tmp_path.iterdir())
+
+
+def stop_after_first_file(monkeypatch):
+    """Let a build fail as soon as its journal has one file."""
+    add = Journal.add
+
+    def added(self, name, seal):
+        add(self, name, seal)
+        raise OSError("stopped here")
+
+    monkeypatch.setattr(Journal, "add", added)
+
+
+def test_a_stopped_build_needs_what_is_left_of_it(llamas, tmp_path, monkeypatch):
+    recipe, out, half = linear(*llamas[:2]), tmp_path / "out", 400_000
+    monkeypatch.setattr(needs, "lay_out", lambda tensors: lay_out(tensors, half))
+    fresh = checking.check(recipe, out).needs
+    assert (fresh.files, fresh.kept) == (2, 0)
+    with monkeypatch.context() as patch:
+        stop_after_first_file(patch)
+        with pytest.raises(BuildError, match="stopped here"):
+            moeforge.build(recipe, out, shard_size=half, threads=1, verify=False)
+    work = tmp_path / ".out.moeforge"
+    (kept,) = (work / "model").glob("*.safetensors")
+    (work / "model" / "half").write_bytes(bytes(1 << 20))  # of a run that was killed
+    monkeypatch.setattr(needs.engine, "free_space", lambda folder: 0)
+    found = checking.check(recipe, out)
+    assert (found.needs.files, found.needs.kept) == (2, 1)
+    assert found.needs.disk == fresh.disk - kept.stat().st_size
+    assert 1 << 20 <= found.needs.disk_free < (1 << 20) + 16384, "what the build removes is free"
+    assert found.exit_code == 0
+    assert "goes on with 1 of 2 files" in " ".join(text_of(needs.needs_table(found.needs)).split())
+    other = checking.check(linear(*llamas[1:]), out).needs
+    assert (other.kept, other.disk) == (0, fresh.disk)
+    assert other.disk_free > (1 << 20) + kept.stat().st_size
+    built = moeforge.build(recipe, out, shard_size=half, verify=False)
+    assert any("going on where the last run stopped" in note.what for note in built.notes)
 
 
 def test_free_memory_is_what_the_machine_says():

@@ -159,11 +159,12 @@ def test_the_disk_must_hold_a_file_of_each_model_at_the_least(hub, sharded, tmp_
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(merge(*NAMES)))
     script = (
         "import sys\nfrom pathlib import Path\nfrom moeforge.checking import needs\n"
+        "from moeforge.engine import Settings\n"
         "from moeforge.prepare import prepare\n"
         "needs.engine.free_space = lambda folder: int(sys.argv[1])\n"
         "ready = prepare(Path('recipe.yml'), offline=False)\n"
         "for evict in (False, True):\n"
-        "    print(len(needs.needs_of(ready, Path('out'), evict=evict).errors()))\n"
+        "    print(len(needs.needs_of(ready, Path('out'), Settings(evict=evict)).errors()))\n"
     )
     said = {}
     for spare in (0, 9000):  # headers, and how shards divide, make the output a little larger

@@ -10,7 +10,9 @@ from moeforge import recipe as recipes
 from moeforge import targets
 from moeforge.checking.compatibility import Comparison, compare
 from moeforge.checking.needs import Needs, needs_of
-from moeforge.errors import BuildError, Finding, MoeforgeError, PlanError
+from moeforge.checking.verdict import judge
+from moeforge.engine import Settings
+from moeforge.errors import Finding, MoeforgeError
 from moeforge.plans import Plan
 from moeforge.prepare import Prepared, planner_for, prepare_with
 from moeforge.shown import Shown
@@ -69,13 +71,10 @@ def check(
         compared = compare(planner.opened) if planner else None
         return Report(error.findings, (), None, error.exit_code, compared)
     plan = prepared.plan
-    errors, notes = targets.report(plan, target) if target else ((), ())
-    code = PlanError.exit_code if errors else 0
-    taken = needs_of(prepared, Path(out if out is not None else loaded.stem), device)
-    if short := taken.errors():
-        errors, code = (*errors, *short), code or BuildError.exit_code
-    notes = (*prepared.notes(), *notes, *taken.warnings())
-    if strict and (harmful := tuple(note for note in notes if note.warning)):
-        errors, code = (*errors, *harmful), code or PlanError.exit_code
-        notes = tuple(note for note in notes if not note.warning)
-    return Report(errors, notes, plan, code, compare(planner.opened), taken, prepared)
+    reader = targets.report(plan, target) if target else ((), ())
+    folder = Path(out if out is not None else loaded.stem)
+    taken = needs_of(prepared, folder, Settings(device=device))
+    found = judge(prepared, taken, reader, strict=strict)
+    code = found.kind.exit_code if found.errors else 0
+    compared = compare(planner.opened)
+    return Report(found.errors, found.notes, plan, code, compared, taken, prepared)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moeforge.dense import hidden_size
 from moeforge.planners.align import rows
-from moeforge.planners.model import Model, fact
+from moeforge.planners.model import Model, fact, main_dtype
 
 FACTS = {
     "family": "model_type",
@@ -63,13 +63,6 @@ def _head_dim(model: Model) -> Any:
     return said
 
 
-def _dtype(model: Model) -> str:
-    sizes: dict[str, int] = {}
-    for tensor in model.tensors.values():
-        sizes[tensor.spec.dtype.name] = sizes.get(tensor.spec.dtype.name, 0) + tensor.spec.numel
-    return max(sizes, key=sizes.__getitem__, default="none")
-
-
 def compare(models: Sequence[Model]) -> Comparison | None:
     """Return the models side by side, or None where there are fewer than two.
 
@@ -84,7 +77,7 @@ def compare(models: Sequence[Model]) -> Comparison | None:
     facts["hidden"] = tuple(hidden_size(model.config) for model in models)
     facts["head_dim"] = tuple(map(_head_dim, models))
     facts["vocabulary"] = tuple(map(rows, models))
-    facts["dtype"] = tuple(map(_dtype, models))
+    facts["dtype"] = tuple(main_dtype(model.tensors.values()) or "none" for model in models)
     facts["tied head"] = tuple("yes" if model.tied else "no" for model in models)
     told = {name: values for name, values in facts.items() if any(v is not None for v in values)}
     return Comparison(tuple(model.label for model in models), told)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,19 @@ from moeforge import engine, gates, methods
 from moeforge.dense import hidden_size, mlp_width
 from moeforge.engine import Settings
 from moeforge.errors import Finding
-from moeforge.output.layout import lay_out
+from moeforge.output.journal import unfinished
+from moeforge.output.layout import Shard, lay_out
+from moeforge.planners.model import reads
 from moeforge.plans import Merge, Plan, inputs, pieces
 from moeforge.prepare import Prepared
 from moeforge.recipe import MoeRecipe
+from moeforge.shown import show_size
 from moeforge.sources.hub import HubSource
 from moeforge.system import free_memory
 from moeforge.tensors import FLOAT32
 
 TRANSFORMERS = 200_000_000
 """Bytes that importing transformers and accelerate adds, measured; see docs/architecture.md."""
-CONTEXT = 500_000_000
-"""Bytes of a GPU that CUDA takes before any work."""
 WRITE = 0.5e9
 """Bytes per second that are written, a fresh file on a plain disk; reading is as fast or faster."""
 DOWNLOAD = 50e6
@@ -45,7 +47,7 @@ class Needs:
         memory_free: what the machine, or the container, can still give.
         gpu: estimated peak on the GPU; None where the CPU computes.
         gpu_free: what is free there.
-        disk: the output.
+        disk: the weights that are still to be written.
         disk_free: what is free where it goes.
         saved: what of it `dtype: bfloat16` would save.
         download: weights that are not in the Hub's cache yet.
@@ -53,6 +55,8 @@ class Needs:
         seconds: without gates and evaluation, which depend on the texts.
         folder: where the output goes.
         cache: where the Hub's cache lies; None where no model comes from the Hub.
+        files: the weights files of the output.
+        kept: those of them that a stopped run of this build has finished.
     """
 
     memory: int
@@ -67,46 +71,47 @@ class Needs:
     seconds: float
     folder: Path
     cache: Path | None
+    files: int
+    kept: int
 
     def errors(self) -> list[Finding]:
         """Return what the disks cannot hold."""
-        here, there = sized(self.disk), sized(self.download)
+        here, there = show_size(self.disk), show_size(self.download)
         room = "Choose another disk with -o"
-        room += f", or write dtype: bfloat16 (saves {sized(self.saved)})." if self.saved else "."
+        room += (
+            f", or write dtype: bfloat16 (saves {show_size(self.saved)})." if self.saved else "."
+        )
         if self.download and self.cache and _device(self.folder) == _device(self.cache):
             if self.disk + self.download <= self.disk_free:
                 return []
             what = f"the build needs {here} in {self.folder} and {there} in the Hub's cache "
-            what += f"{self.cache}; the disk of both has {sized(self.disk_free)} free"
+            what += f"{self.cache}; the disk of both has {show_size(self.disk_free)} free"
             return [Finding(what, room)]
         found = []
         if self.disk > self.disk_free:
-            what = f"the output takes {here}, {self.folder} has {sized(self.disk_free)} free"
+            left = f" beside {self.kept} files that are there" if self.kept else ""
+            what = (
+                f"the output takes {here}{left}, {self.folder} has {show_size(self.disk_free)} free"
+            )
             found.append(Finding(what, room))
         if self.download > self.cache_free:
-            what = (
-                f"{there} are to be downloaded to {self.cache}, which has {sized(self.cache_free)}"
-            )
-            found.append(Finding(f"{what} free", "Let HF_HUB_CACHE name a folder on another disk."))
+            free = show_size(self.cache_free)
+            what = f"{there} are to be downloaded to {self.cache}, which has {free} free"
+            found.append(Finding(what, "Let HF_HUB_CACHE name a folder on another disk."))
         return found
 
     def warnings(self) -> list[Finding]:
         """Return what is short and may still do."""
         found = []
         if self.memory > self.memory_free:
-            what = f"the build takes about {sized(self.memory)} of memory, "
-            what += f"{sized(self.memory_free)} are free"
+            what = f"the build takes about {show_size(self.memory)} of memory, "
+            what += f"{show_size(self.memory_free)} are free"
             fix = "Fewer --threads or --memory make slices smaller; end other programs."
             found.append(Finding(what, fix, warning=True))
         if self.gpu and self.gpu_free is not None and self.gpu > self.gpu_free:
-            what = f"the GPU needs about {sized(self.gpu)}, {sized(self.gpu_free)} are free"
+            what = f"the GPU needs about {show_size(self.gpu)}, {show_size(self.gpu_free)} are free"
             found.append(Finding(what, "Leave --device out to use the CPU.", warning=True))
         return found
-
-
-def sized(count: int) -> str:
-    """Return a number of bytes for people, in GB or MB with two decimals."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _device(path: Path) -> int:
@@ -123,6 +128,10 @@ def _compute_seconds(plan: Plan, workers: int) -> float:
                 cost = SORTED if expr.method.startswith("della") else cost
                 total += cost * spec.numel * len(inputs(expr))
     return total / workers
+
+
+def _reads_prompts(plan: Plan) -> bool:
+    return plan.experts is not None and gates.load(plan.experts.gate_mode).needs_prompts
 
 
 def router_memory(plan: Plan) -> int:
@@ -157,37 +166,67 @@ def prompt_memory(prepared: Prepared) -> int:
     return tokens * (hidden_size(prepared.plan.config) or 0) * (8 + 8 * logistic)
 
 
-def peak_memory(prepared: Prepared, settings: Settings) -> int:
-    """Return an estimate of a build's peak memory in bytes: the engine's, or that of the gates."""
+def peak_memory(prepared: Prepared, settings: Settings, *, routers: bool = True) -> int:
+    """Return an estimate of a build's peak memory in bytes: the engine's, or that of the gates.
+
+    Args:
+        prepared: what is to be built.
+        settings: how.
+        routers: the router weights of a mixture are still to be made.
+    """
     plan, peak = prepared.plan, engine.peak_memory(prepared.plan, settings)
-    if plan.experts and gates.load(plan.experts.gate_mode).needs_prompts:
+    if routers and _reads_prompts(plan):
         return max(peak, router_memory(plan) + prompt_memory(prepared))
     return peak
 
 
-def needs_of(prepared: Prepared, out: Path, device: str = "cpu", *, evict: bool = False) -> Needs:
-    """Return what a build takes here; reads no weights.
+def needs_of(
+    prepared: Prepared,
+    out: Path,
+    settings: Settings,
+    shards: Sequence[Shard] | None = None,
+    identity: str | None = None,
+) -> Needs:
+    """Return what a build takes here, or what is left of one that was stopped; reads no weights.
 
     Args:
         prepared: what is to be built.
         out: the output folder.
-        device: torch device of the arithmetic.
-        evict: downloads are removed when they are used up, so that of each model one file must
-            find room at a time, at the least.
+        settings: how. With `evict` downloads are removed when they are used up, so that of each
+            model one file must find room at a time, at the least.
+        shards: the files of the output; those of the default size if None.
+        identity: fingerprint of the build; found out where it matters if None.
     """
-    plan, settings = prepared.plan, Settings(device=device)
-    memory = peak_memory(prepared, settings)
+    device = settings.device
+    shards = lay_out(prepared.plan.tensors) if shards is None else shards
+    had = unfinished(out, lambda: identity or prepared.fingerprint(shards, device))
+    left = [shard for shard in shards if shard.name not in had.kept]
+    plan = prepared.plan
+    if had.kept:
+        plan = replace(plan, tensors=tuple(e.tensor for shard in left for e in shard.entries))
+    memory = peak_memory(replace(prepared, plan=plan), settings, routers=not had.routers)
     gpu = gpu_free = None
     if device != "cpu":
-        gpu = max(memory - engine.INTERPRETER, 0) + CONTEXT
+        gpu = engine.gpu_memory(plan, settings)
+        if _reads_prompts(plan) and not had.routers:
+            layer = router_memory(plan) + prompt_memory(prepared) - engine.INTERPRETER
+            gpu = max(gpu, engine.CONTEXT + layer)
         gpu_free = _gpu_free(device)
-    disk = sum(shard.nbytes for shard in lay_out(plan.tensors))
-    wide = sum(t.spec.nbytes for t in plan.tensors if t.spec.dtype == FLOAT32)
-    hub = [source for source in plan.sources.values() if isinstance(source, HubSource)]
-    download = sum(source.missing_bytes for source in hub)
+    disk = sum(shard.nbytes for shard in left)
+    # Another dtype is another build, which goes on with nothing.
+    tensors = () if had.kept else plan.tensors
+    wide = sum(tensor.spec.nbytes for tensor in tensors if tensor.spec.dtype == FLOAT32)
+    hub = {key: source for key, source in plan.sources.items() if isinstance(source, HubSource)}
+    # The base is run whole where prompts are read.
+    whole = _reads_prompts(plan) and not had.routers
+    wanted = _wanted(plan) if hub and not whole else None
+    download = sum(
+        source.missing_bytes(None if wanted is None else wanted.get(key, ()))
+        for key, source in hub.items()
+    )
     seconds = max(disk / WRITE, _compute_seconds(plan, settings.workers)) + download / DOWNLOAD
-    if evict:
-        download = sum(source.largest_missing for source in hub)
+    if settings.evict:
+        download = min(download, sum(source.largest_missing for source in hub.values()))
     folder = out.absolute().parent
     cache = _cache() if hub else None
     return Needs(
@@ -196,14 +235,25 @@ def needs_of(prepared: Prepared, out: Path, device: str = "cpu", *, evict: bool 
         gpu,
         gpu_free,
         disk,
-        engine.free_space(folder),
+        engine.free_space(folder) + had.freed,
         wide // 2,
         download,
         engine.free_space(cache) if cache else 0,
         seconds,
         folder,
         cache,
+        len(shards),
+        len(had.kept),
     )
+
+
+def _wanted(plan: Plan) -> dict[str, set[str]]:
+    """Return the tensors of each source that `plan` reads."""
+    found: dict[str, set[str]] = {}
+    for tensor in plan.tensors:
+        for read in reads(tensor):
+            found.setdefault(read.source, set()).add(read.name)
+    return found
 
 
 def _gpu_free(device: str) -> int | None:
@@ -239,14 +289,22 @@ def needs_table(found: Needs) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("memory", f"about {sized(found.memory)} of {sized(found.memory_free)} free")
+    table.add_row(
+        "memory", f"about {show_size(found.memory)} of {show_size(found.memory_free)} free"
+    )
     if found.gpu is not None:
-        free = "" if found.gpu_free is None else f" of {sized(found.gpu_free)} free"
-        table.add_row("GPU", f"about {sized(found.gpu)}{free}")
+        free = "" if found.gpu_free is None else f" of {show_size(found.gpu_free)} free"
+        table.add_row("GPU", f"about {show_size(found.gpu)}{free}")
     folder = escape(str(found.folder))
-    table.add_row("disk", f"{sized(found.disk)} of {sized(found.disk_free)} free in {folder}")
+    table.add_row(
+        "disk", f"{show_size(found.disk)} of {show_size(found.disk_free)} free in {folder}"
+    )
+    if found.kept:
+        table.add_row(
+            "goes on", f"with {found.kept} of {found.files} files that a stopped run left"
+        )
     if found.download:
-        free = f"{sized(found.cache_free)} free in {found.cache}"
-        table.add_row("download", f"{sized(found.download)} of {escape(free)}")
+        free = f"{show_size(found.cache_free)} free in {found.cache}"
+        table.add_row("download", f"{show_size(found.download)} of {escape(free)}")
     table.add_row("time", f"about {_time(found.seconds)}, gates and evaluation apart")
     return table

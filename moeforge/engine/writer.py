@@ -10,6 +10,7 @@ from types import TracebackType
 
 from moeforge.errors import BuildError, Finding
 from moeforge.output.layout import Shard
+from moeforge.shown import show_size
 from moeforge.system import FULL, allocate, open_file, room_of, write_at
 
 
@@ -78,12 +79,8 @@ class OutputFiles:
         free = shutil.disk_usage(self._folder).free + taken
         where = self._folder.parent.parent
         what = (
-            f"the disk is full: {len(self._shards)} files of {_size(needed)} are to be "
-            f"written, {where} has {_size(free)} for them"
+            f"the disk is full: {len(self._shards)} files of {show_size(needed)} are to be "
+            f"written, {where} has {show_size(free)} for them"
         )
         fix = "Free some, choose another disk with -o, or a smaller dtype. Nothing was published."
         return BuildError(Finding(what, fix))
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

@@ -12,15 +12,17 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from moeforge.errors import BuildError, Finding
 from moeforge.hashes import sha256
-from moeforge.output.staging import locked, publish
+from moeforge.output.staging import locked, publish, work_folder
 from moeforge.sealed import Sealed
-from moeforge.system import FULL, sync
+from moeforge.shown import show_size
+from moeforge.system import FULL, room_of, sync
 
-_NAME = "journal.json"
+_NAME, _MODEL = "journal.json", "model"
 ROUTERS = "routers"
 """The file of the work folder that holds router weights."""
 
@@ -40,7 +42,7 @@ class Journal:
     """
 
     def __init__(self, root: Path, fingerprint: str, note: Callable[[Finding], None]) -> None:
-        self.root, self.folder, self._fingerprint = root, root / "model", fingerprint
+        self.root, self.folder, self._fingerprint = root, root / _MODEL, fingerprint
         self._lock = threading.Lock()
         self._sealed: dict[str, Sealed] = self._trusted(note)
         self._clean()
@@ -53,17 +55,10 @@ class Journal:
 
     def _trusted(self, note: Callable[[Finding], None]) -> dict[str, Sealed]:
         """Return what an earlier run of this build finished and is still as it was."""
-        try:
-            found = json.loads((self.root / _NAME).read_text(encoding="utf-8"))
-            files = {name: Sealed(*entry) for name, entry in found["files"].items()}
-            # A folder that took the place of ours is the model that was replaced.
-            ours = found["inode"] == self.folder.stat().st_ino
-            same = found["fingerprint"] == self._fingerprint
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        fingerprint, files = _written(self.root)
+        if not files:
             return {}
-        if not ours or not files:
-            return {}
-        if not same:
+        if fingerprint != self._fingerprint:
             what = f"{len(files)} files that another build of it left unfinished are discarded"
             note(Finding(f"{what}: the recipe, an input or moeforge has changed since"))
             return {}
@@ -76,7 +71,7 @@ class Journal:
                 note(Finding(what, "If that recurs, check the disk.", warning=True))
         if trusted:
             size = sum(seal.nbytes for seal in trusted.values())
-            what = f"going on where the last run stopped: {_listed(trusted)}, {size / 1e9:.2f} GB"
+            what = f"going on where the last run stopped: {_listed(trusted)}, {show_size(size)}"
             note(Finding(f"{what}, are taken over"))
         return trusted
 
@@ -155,6 +150,60 @@ class Journal:
         )
 
 
+def _written(root: Path) -> tuple[str, dict[str, Sealed]]:
+    """Return fingerprint and finished files by the journal of a work folder, or none."""
+    try:
+        found = json.loads((root / _NAME).read_text(encoding="utf-8"))
+        files = {str(name): Sealed(*entry) for name, entry in found["files"].items()}
+        # A folder that took the place of ours is the model that was replaced.
+        if found["inode"] == (root / _MODEL).stat().st_ino:
+            return str(found["fingerprint"]), files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return "", {}
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What a stopped build has left beside its output, files unread.
+
+    Attributes:
+        kept: names of the weights files that the same build goes on with.
+        routers: whether it goes on with router weights, too.
+        freed: bytes of disk that it gives back before it writes anything.
+    """
+
+    kept: frozenset[str] = frozenset()
+    routers: bool = False
+    freed: int = 0
+
+
+def unfinished(out: Path, fingerprint: Callable[[], str]) -> Unfinished:
+    """Return what `building` finds where an earlier run was stopped; changes nothing.
+
+    Args:
+        out: the output folder.
+        fingerprint: returns that of the build; called where there is something to compare.
+    """
+    root = work_folder(out)
+    made, files = _written(root)
+    if files and made != fingerprint():
+        files = {}
+    kept, freed = set[str](), 0
+    try:
+        for folder in (root, root / _MODEL):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.is_dir() or path.is_symlink():
+                    continue
+                if path.name in files and path.stat().st_size == files[path.name].nbytes:
+                    kept.add(path.name)
+                else:
+                    freed += room_of(path)
+    except OSError:  # that build is going on, or ends
+        return Unfinished()
+    return Unfinished(frozenset(kept - {ROUTERS}), ROUTERS in kept, freed)
+
+
 def _listed(files: dict[str, Sealed]) -> str:
     count = len(files) - (ROUTERS in files)
     parts = [f"{count} weights file{'s' if count > 1 else ''}"] if count else []
@@ -203,5 +252,5 @@ def disk_finding(error: OSError, out: Path) -> Finding:
     what = f"{where}{error.strerror or error}"
     if error.errno in FULL:
         free = shutil.disk_usage(out.absolute().parent).free
-        what += f"; {out.absolute().parent} has {free / 1e6:.1f} MB free"
+        what += f"; {out.absolute().parent} has {show_size(free)} free"
     return Finding(what, "Nothing was published.")

@@ -49,6 +49,11 @@ def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
             raise BuildError(Finding(what, "It is not overwritten; choose another folder with -o."))
 
 
+def work_folder(out: Path) -> Path:
+    """Return the folder in which the output that is to stand at `out` is made."""
+    return out.absolute().with_name(f".{out.absolute().name}.moeforge")
+
+
 @contextmanager
 def locked(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give the work folder of `out`, which no other process has meanwhile; it is not removed.
@@ -58,7 +63,7 @@ def locked(out: Path, *, overwrite: bool) -> Iterator[Path]:
             disk refuses.
     """
     refuse_existing(out, overwrite=overwrite)
-    work = out.absolute().with_name(f".{out.absolute().name}.moeforge")
+    work = work_folder(out)
     try:
         work.parent.mkdir(parents=True, exist_ok=True)
         let_go = lock_folder(work)

@@ -17,6 +17,7 @@ from moeforge.planners.model import (
     Model,
     differences,
     listing,
+    main_dtype,
 )
 from moeforge.planners.vocab import Vocabulary, plan_vocabulary
 from moeforge.plans import PlannedTensor
@@ -62,10 +63,7 @@ def untie(models: Sequence[Model], notes: Findings, path: Path) -> list[Model]:
 
 def finish_config(config: Config, tensors: Sequence[PlannedTensor]) -> Config:
     """Write the dtype, and whether the head is tied, as the tensors have it."""
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        sizes[tensor.spec.dtype.name] = sizes.get(tensor.spec.dtype.name, 0) + tensor.spec.numel
-    config = portable(config, max(sizes, key=sizes.__getitem__, default=None))
+    config = portable(config, main_dtype(tensors))
     names = {tensor.name for tensor in tensors}
     if (EMBEDDINGS in names and "tie_word_embeddings" in config) or HEAD in names:
         config["tie_word_embeddings"] = HEAD not in names

@@ -190,6 +190,15 @@ def listing(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(every[:most]) + more
 
 
+def main_dtype(tensors: Iterable[PlannedTensor]) -> str | None:
+    """Return the name of the dtype that most elements have; None where there are none."""
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        name = tensor.spec.dtype.name
+        counts[name] = counts.get(name, 0) + tensor.spec.numel
+    return max(counts, key=counts.__getitem__, default=None)
+
+
 def reads(tensor: PlannedTensor) -> Iterator[Read]:
     """Yield every tensor that `tensor` is made of."""
     return (part for part in walk(tensor.expr) if isinstance(part, Read))

@@ -248,10 +248,16 @@ class HubSource:
         """Whether weights come file by file: safetensors, some of which are not in the cache."""
         return bool(self._missing) and not self._offline and self._weights in WEIGHTS[:2]
 
-    @property
-    def missing_bytes(self) -> int:
-        """Bytes of weights that are not in the local cache."""
-        return sum(self._sizes.get(file, 0) for file in self._missing)
+    def missing_bytes(self, names: Iterable[str] | None = None) -> int:
+        """Return the bytes of weights that are not in the local cache.
+
+        Args:
+            names: tensors that are wanted; None for all.
+        """
+        files = set(self._missing)
+        if names is not None and self.streams:  # else all of them come at once
+            files &= set(map(self.file_of, names))
+        return sum(self._sizes.get(file, 0) for file in files)
 
     @property
     def largest_missing(self) -> int:

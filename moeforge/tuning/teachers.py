@@ -15,6 +15,7 @@ from moeforge.errors import BuildError, Finding, MoeforgeError
 from moeforge.planners import Model
 from moeforge.planners.model import from_source
 from moeforge.planners.vocab import tokens_of
+from moeforge.shown import show_size
 from moeforge.sources import open_source
 from moeforge.tuning.data import Batch, Document, together
 from moeforge.tuning.objective import predictions
@@ -159,7 +160,7 @@ def _check_room(needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         what = (
-            f"what the teachers predict takes {needed / 1e9:.1f} GB in {place}, "
-            f"which has {free / 1e9:.1f} GB free"
+            f"what the teachers predict takes {show_size(needed)} in {place}, "
+            f"which has {show_size(free)} free"
         )
         raise BuildError(Finding(what, "Give less text, or set TMPDIR to a larger disk."))

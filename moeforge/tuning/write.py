@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moeforge import catalog, families
 from moeforge.errors import BuildError, Finding
 from moeforge.routing import Router
+from moeforge.shown import show_size
 from moeforge.sources import FileSpan
 from moeforge.sources.folder import FolderSource
 from moeforge.system import COPY_CHUNK, copy_range, open_file, write_at
@@ -121,7 +122,7 @@ def copy_checkpoint(folder: Path, to: Path) -> None:
     """
     needed = sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())
     if needed > (free := shutil.disk_usage(to).free):
-        what = f"a copy takes {needed / 1e9:.2f} GB, {to.parent} has {free / 1e9:.2f} GB free"
+        what = f"a copy takes {show_size(needed)}, {to.parent} has {show_size(free)} free"
         raise BuildError(Finding(what, "Choose another disk with -o."))
     for item in sorted(folder.iterdir()):
         if item.name.startswith("."):
