@@ -6,30 +6,56 @@ from typing import Any
 
 import numpy as np
 
-from moeforge.kernels.rows import STRETCH, compiled, widen
+from moeforge.kernels.rows import STRETCH, compiled, store, wide
 
 
 @compiled
-def _add_weighted(total: Any, row: Any, weight: Any) -> None:
+def _begin(row: Any, weight: Any, total: Any) -> None:
+    for j in range(total.size):
+        total[j] = wide(row[j]) * weight
+
+
+@compiled
+def _add(row: Any, weight: Any, total: Any) -> None:
+    for j in range(total.size):
+        total[j] += wide(row[j]) * weight
+
+
+@compiled
+def _finish(row: Any, weight: Any, total: Any, out: Any) -> None:
+    for j in range(total.size):
+        store(out, j, total[j] + wide(row[j]) * weight)
+
+
+@compiled
+def _of_one(row: Any, weight: Any, out: Any) -> None:
     for j in range(row.size):
-        total[j] += row[j] * weight
+        store(out, j, wide(row[j]) * weight)
 
 
 @compiled
 def weighted(matrix: Any, weights: Any, out: Any) -> None:
-    """Put Σ wᵢ·xᵢ into `out` [elements], added up in order; weights float32 [inputs]."""
-    room = np.empty(STRETCH, np.float32)
+    """Put Σ wᵢ·xᵢ into `out` [elements], added up in order.
+
+    Args:
+        matrix: inputs.
+        weights: float32 [inputs].
+        out: float32; or uint16, for bits of bfloat16.
+    """
+    room, last = np.empty(STRETCH, np.float32), matrix.shape[0] - 1
+    if last == 0:
+        _of_one(matrix[0], weights[0], out)
+        return
     for start in range(0, matrix.shape[1], STRETCH):
         end = min(start + STRETCH, matrix.shape[1])
-        row, total = room[: end - start], out[start:end]
-        widen(matrix[0, start:end], total)
-        for j in range(total.size):
-            total[j] = total[j] * weights[0]
-        for i in range(1, matrix.shape[0]):
-            widen(matrix[i, start:end], row)
-            _add_weighted(total, row, weights[i])
+        total = room[: end - start]
+        _begin(matrix[0, start:end], weights[0], total)
+        for i in range(1, last):
+            _add(matrix[i, start:end], weights[i], total)
+        _finish(matrix[last, start:end], weights[last], total, out[start:end])
 
 
 def warm(kind: Any) -> None:
     """Have everything compiled for matrices of numpy dtype `kind`."""
-    weighted(np.zeros((2, 2), kind), np.ones(2, np.float32), np.zeros(2, np.float32))
+    for result in (np.uint16, np.float32):
+        weighted(np.zeros((2, 2), kind), np.ones(2, np.float32), np.zeros(2, result))

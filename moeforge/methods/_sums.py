@@ -18,16 +18,22 @@ def blocks(tensors: Tensor) -> Iterable[Tensor]:
     return tensors.split(BLOCK, dim=-1)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def weighted(tensors: Tensor, weights: Sequence[float]) -> Tensor:
+def result_of(count: int, place: Place) -> Tensor:
+    """Return memory for a result of kernels, which round it where that is wanted."""
+    import torch
+
+    return torch.empty(count, dtype=torch.bfloat16 if place.rounded else torch.float32)
+
+
+def weighted(tensors: Tensor, weights: Sequence[float], place: Place) -> Tensor:
     """Return Σ wᵢ·xᵢ, added up in order, every product and sum rounded; overwrites `tensors`."""
     import numpy as np
-    import torch
 
     if (matrix := kernels.matrix(tensors)) is not None:
         from moeforge.kernels.sums import weighted as compiled
 
-        out = torch.empty(matrix.shape[1])
-        compiled(matrix, np.array(weights, np.float32), out.numpy())
+        out = result_of(matrix.shape[1], place)
+        compiled(matrix, np.array(weights, np.float32), kernels.matrix(out))
         return out
     # Not add_(…, alpha): whether that rounds the product depends on the processor.
     result = tensors[0].mul_(weights[0])

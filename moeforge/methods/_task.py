@@ -23,7 +23,7 @@ from moeforge.methods import (
     Place,
     Scan,
 )
-from moeforge.methods._sums import absolute, add_up
+from moeforge.methods._sums import absolute, add_up, result_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,7 +196,6 @@ def _merged(
         consensus: elect signs.
     """
     import numpy as np
-    import torch
 
     from moeforge.kernels.differences import task
 
@@ -217,7 +216,7 @@ def _merged(
                 below = np.nextafter(np.float32(cut.value), np.float32(0.0)) if cut.value else -1.0
                 values[i, which] = below, cut.value
     kept = np.empty((0, 0), np.uint8) if bits is None else np.unpackbits(bits, 1, count)
-    out = torch.empty(count, dtype=torch.bfloat16 if place.rounded else torch.float32)
+    out = result_of(count, place)
     task(
         *(matrix, borders, values, sparse, kept),
         np.array([w * f for w, f in zip(weights, stats.factors, strict=True)], np.float32),

@@ -21,7 +21,7 @@ def check(params: Params) -> str:
 def merge(tensors: Tensor, params: Params, stats: Any, place: Place) -> Tensor:
     """Return Σ wᵢ·xᵢ; with `normalize`, the weights are first divided by their sum."""
     divisor = sum(params["weight"]) if params["normalize"] else 1.0
-    return weighted(tensors, [weight / divisor for weight in params["weight"]])
+    return weighted(tensors, [weight / divisor for weight in params["weight"]], place)
 
 
 METHOD = Method(

@@ -58,7 +58,7 @@ def coefficients(t: float, sums: tuple[float, ...]) -> tuple[float, float]:
 
 def merge(tensors: Tensor, params: Params, stats: tuple[float, float], place: Place) -> Tensor:
     """Return factor_a · a + factor_b · b."""
-    return weighted(tensors, stats)
+    return weighted(tensors, stats, place)
 
 
 METHOD = Method(
