@@ -1,7 +1,9 @@
 """Owns hashes of files: of all bytes, of a sample of them, and those that are known already.
 
-Reading a file to hash it takes half a second per GB. What was hashed once is remembered in
-$XDG_CACHE_HOME/moeforge, for as long as size, time and inode of the file stay what they are.
+What is made here is hashed by BLAKE3, which takes a fifth of the time; what goes into a build and
+what goes to the Hub by SHA-256, for the Hub names files by it. That takes half a second per GB:
+what was hashed once is remembered in $XDG_CACHE_HOME/moeforge, for as long as size, time and inode
+of the file stay what they are.
 """
 
 from __future__ import annotations
@@ -10,9 +12,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
+
+from blake3 import blake3
+
+BLAKE3, SHA256 = "blake3", "sha256"
+TITLES = {BLAKE3: "BLAKE3", SHA256: "SHA-256"}
+"""The kinds of digests, as files of data and as people name them."""
 
 BLOCKS, BLOCK = 256, 16_384
 """A sample is the header of a safetensors file and this many blocks of this many bytes."""
@@ -21,19 +30,51 @@ _CHUNK = 2**20
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
-def sha256(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
-    """Return the SHA-256 of all bytes of `path`, as hexadecimal digits.
+class Digest(Protocol):
+    """A hash that is being computed."""
+
+    def update(self, data: memoryview | bytes, /) -> object:
+        """Take the next bytes."""
+
+    def hexdigest(self) -> str:
+        """Return the hash of all bytes so far, as hexadecimal digits."""
+
+
+def begin(kind: str) -> Digest:
+    """Return a hash of no bytes yet."""
+    return blake3() if kind == BLAKE3 else hashlib.sha256()
+
+
+def digests(
+    path: Path, kinds: Iterable[str], progress: Callable[[int], None] = lambda done: None
+) -> dict[str, str]:
+    """Return hashes of all bytes of `path`, which is read once.
 
     Args:
         path: a file.
+        kinds: which are wanted.
         progress: told how many bytes were read since it was told last.
+
+    Returns:
+        Hexadecimal digits, by kind.
     """
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    begun, buffer = {kind: begin(kind) for kind in kinds}, memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+            for digest in begun.values():
+                digest.update(buffer[:count])
             progress(count)
-    return digest.hexdigest()
+    return {kind: digest.hexdigest() for kind, digest in begun.items()}
+
+
+def digest_of(path: Path, kind: str, progress: Callable[[int], None] = lambda done: None) -> str:
+    """Return the hash of one kind of all bytes of `path`; see `digests`."""
+    return digests(path, (kind,), progress)[kind]
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of all bytes of `path`, as hexadecimal digits."""
+    return digest_of(path, SHA256)
 
 
 def sample(path: Path) -> str:

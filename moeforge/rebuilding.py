@@ -11,7 +11,16 @@ from typing import Any
 from moeforge import hashes, recipe
 from moeforge.errors import Finding, SourceError
 from moeforge.forge import Progress, Result, build
-from moeforge.output.lock import NAME, describe, inputs, read_lock, recipe_files, versions
+from moeforge.output.lock import (
+    HASHED,
+    NAME,
+    describe,
+    inputs,
+    output_entry,
+    read_lock,
+    recipe_files,
+    versions,
+)
 from moeforge.output.locked import built
 from moeforge.prepare import prepare
 from moeforge.shown import Shown
@@ -107,7 +116,11 @@ def rebuild(
         note=note,
     )
     # What was tuned after the build is compared as the build had made it.
-    made, wanted = read_lock(result.folder / NAME)["outputs"], built(data)
+    new, wanted = read_lock(result.folder / NAME), built(data)
+    made = new["outputs"]
+    if new["lock"] != data["lock"]:  # one of before, which hashes otherwise
+        kind = HASHED[data["lock"]]
+        made = {name: output_entry(result.folder / name, kind) for name in made}
     names = sorted(made.keys() | wanted.keys())
     differing = tuple(name for name in names if made.get(name) != wanted.get(name))
     return Rebuilt(result, differing, tuple(unsure), others)

@@ -10,9 +10,9 @@ class Sealed:
     """A weights file that is on the disk, all of whose values are finite.
 
     Attributes:
-        sha256: of all its bytes, in hexadecimal.
+        blake3: hash of all its bytes, in hexadecimal.
         nbytes: its size.
     """
 
-    sha256: str
+    blake3: str
     nbytes: int

@@ -141,7 +141,7 @@ def follow(group: Group, plan: Plan, shards: Sequence[Shard], settings: Settings
         group.written = done
 
     def sealed(name: str, seal: Sealed) -> None:
-        group.tell(sealed=[name, seal.sha256, seal.nbytes])
+        group.tell(sealed=[name, seal.blake3, seal.nbytes])
 
     try:
         if mine:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from blake3 import blake3
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 import moeforge
 from moeforge import hashes, rebuilding
 from moeforge.errors import SourceError
+from moeforge.output import locked
 from moeforge.output.lock import NAME as LOCK
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +67,8 @@ def test_a_lock_has_the_hashes_of_everything(place):
     assert lock["outputs"].keys() == kept
     for name, entry in lock["outputs"].items():
         path = place / "out" / name
-        assert entry == {"size": path.stat().st_size, "sha256": digest(path)}
+        raw = path.read_bytes()
+        assert entry == {"size": len(raw), "blake3": blake3(raw).hexdigest()}
     assert lock["recipe"]["text"] == (place / "both.yml").read_text()
     assert lock["files"]["p0.txt"]["sha256"] == digest(place / "p0.txt")
     assert lock["inputs"]["m0"]["files"]["config.json"]["sha256"] == digest(
@@ -122,12 +125,58 @@ def test_the_recipes_folder_can_be_named(place, monkeypatch):
 def test_bytes_that_differ_are_named(place, monkeypatch):
     moeforge.build("both.yml", "out")
     lock = lock_of(place / "out")
-    lock["outputs"][WEIGHTS]["sha256"] = "0" * 64
+    lock["outputs"][WEIGHTS]["blake3"] = "0" * 64
     lock["versions"]["torch"] = "0.1"
     (place / "out" / LOCK).write_text(json.dumps(lock))
     done = run("rebuild", "out", "-o", "again", "--no-verify", cwd=place, code=5)
     assert f"error: {WEIGHTS} has other bytes than out says" in done.stderr
     assert "torch was 0.1, and is " in done.stderr
+
+
+def test_a_lock_of_the_format_before(place):
+    """Its outputs have SHA-256: what is checked against it is hashed so, too."""
+    models = [{"model": "m0"}, {"model": "m1"}]
+    recipe = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+    moeforge.build(recipe, "out", verify=False)
+    lock = lock_of(place / "out") | {"lock": 1}
+    for name in lock["outputs"]:
+        path = place / "out" / name
+        lock["outputs"][name] = {"size": path.stat().st_size, "sha256": digest(path)}
+    (place / "out" / LOCK).write_text(json.dumps(lock))
+    assert check_of_the_lock("out").state == "ok"
+    assert moeforge.rebuild("out", "again", verify=False).same
+    spoil(place / "out" / WEIGHTS)
+    (finding,) = check_of_the_lock("out").findings
+    assert f"its SHA-256 is {digest(place / 'out' / WEIGHTS)[:16]}" in finding.what
+    locked.renew(place / "out", [WEIGHTS])
+    entry = {
+        "size": (place / "out" / WEIGHTS).stat().st_size,
+        "sha256": digest(place / "out" / WEIGHTS),
+    }
+    assert lock_of(place / "out")["outputs"][WEIGHTS] == entry
+    assert lock_of(place / "out")["built"][WEIGHTS] == lock["outputs"][WEIGHTS]
+    lock["outputs"][WEIGHTS] = entry
+    (place / "out" / LOCK).write_text(json.dumps(lock))
+    assert moeforge.rebuild("out", "again2", verify=False).differing == (WEIGHTS,)
+
+
+def check_of_the_lock(folder):
+    return {check.name: check for check in moeforge.verify(folder, forward=False).checks}["lock"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"lock": 3}, "is not a lock file of format 1 or 2: it says 3"),
+        ({"lock": [2]}, r"is not a lock file of format 1 or 2: it says \[2\]"),
+        ({"outputs": {WEIGHTS: {"size": 1, "sha256": "0"}}}, f"damaged: of {WEIGHTS} it says"),
+    ],
+)
+def test_locks_that_cannot_be_read(wrong, said, tmp_path):
+    rest = {key: {} for key in ("versions", "recipe", "settings", "inputs", "files", "outputs")}
+    (tmp_path / LOCK).write_text(json.dumps({"lock": 2, "name": "x", **rest, **wrong}))
+    with pytest.raises(SourceError, match=said):
+        locked.locked_files(tmp_path)
 
 
 def test_a_change_that_a_sample_misses_is_owned_up_to(place, monkeypatch):

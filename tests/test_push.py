@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from documented import hold
 from hub_server import HubServer
 from test_hub import INDEX, ONE, SHARDED, SINGLE, TWO, Client, pack, serve, write
@@ -22,15 +23,18 @@ from test_hub import INDEX, ONE, SHARDED, SINGLE, TWO, Client, pack, serve, writ
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def lock_of(files: dict[str, bytes]) -> bytes:
-    """Return a lock file that lists `files` as what was built."""
+def lock_of(files: dict[str, bytes], before: bool = False) -> bytes:
+    """Return a lock file that lists `files` as what was built, or one of the format before."""
+    key, digest = ("sha256", hashlib.sha256) if before else ("blake3", blake3)
     outputs = {
-        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        name: {"size": len(data), key: digest(data).hexdigest()}
         for name, data in files.items()
         if name != "README.md"
     }
     rest = {key: {} for key in ("versions", "recipe", "settings", "inputs", "files")}
-    return json.dumps({"lock": 1, "name": "moe", **rest, "outputs": outputs}).encode()
+    return json.dumps(
+        {"lock": 1 if before else 2, "name": "moe", **rest, "outputs": outputs}
+    ).encode()
 
 
 # What the client's process can be asked for.
@@ -126,7 +130,8 @@ def test_push_makes_a_repository_of_the_folder(
 ) -> None:
     hub.part = part
     hub.fail("/whoami", 429, "asked too often")  # which does not say that it may not be made
-    sent = {**SHARDED, "moeforge.lock.json": lock_of(SHARDED)}
+    locked = lock_of(SHARDED, before=part is not None)
+    sent = {**SHARDED, "moeforge.lock.json": locked}
     out = write(tmp_path, {**sent, ".env": b"SECRET=1"})
     assert member.ask(send, out, "me/new") == f"{hub.url}/me/new"
     files = hub.files("me/new")
@@ -357,7 +362,11 @@ def test_push_refuses_an_incomplete_folder(
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({TWO: pack("cd", 5)}, f"{TWO} is not what was built: its SHA-256 is "),
+        ({TWO: pack("cd", 5)}, f"{TWO} is not what was built: its BLAKE3 is "),
+        (
+            {TWO: pack("cd", 5), "moeforge.lock.json": lock_of(SHARDED, before=True)},
+            f"{TWO} is not what was built: its SHA-256 is ",
+        ),
         ({"config.json": b'{"model_type": "llama" }'}, "config.json has 24 bytes, moeforge.lock"),
         ({"tokenizer.json": None}, "tokenizer.json is in moeforge.lock.json, and is not here"),
     ],

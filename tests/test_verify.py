@@ -140,7 +140,7 @@ def test_files_of_the_lock_that_are_gone_or_longer(built):
 
 
 def test_a_lock_that_names_files_outside(built):
-    edit(built / LOCK, lambda lock: lock["outputs"].update({"../x": {"size": 1, "sha256": ""}}))
+    edit(built / LOCK, lambda lock: lock["outputs"].update({"../x": {"size": 1, "blake3": ""}}))
     assert "'../x', which is outside the folder" in wrong(built, "lock")
 
 

@@ -6,7 +6,6 @@ written; a file is sealed when all of it is hashed and the disk has it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from types import TracebackType
 
 from moeforge.engine.jobs import CopyJob, MergeJob
 from moeforge.errors import BuildError, Finding
+from moeforge.hashes import BLAKE3, begin
 from moeforge.output.layout import Shard
 from moeforge.sealed import Sealed
 from moeforge.system import begin_writing, open_file, read_at
@@ -138,7 +138,7 @@ class Sealer:
         return None
 
     def _follow(self, shard: Shard) -> Sealed | None:
-        path, digest, done = self._folder / shard.name, hashlib.sha256(), 0
+        path, digest, done = self._folder / shard.name, begin(BLAKE3), 0
         buffer = memoryview(bytearray(_WINDOW))
         descriptor = open_file(path, os.O_RDWR)
         try:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moeforge.hashes import BLAKE3
 from moeforge.output.layout import Shard
 from moeforge.plans import ROUTERS, Concat, Gather, Plan, dump, walk
 from moeforge.sources import Source
@@ -32,7 +33,8 @@ def fingerprint(plan: Plan, shards: Sequence[Shard], device: str, more: Sequence
     def add(*values: Any) -> None:
         digest.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\n")
 
-    add(__version__, *((name, version(name)) for name in ("torch", "transformers")), device)
+    # Journals of builds before BLAKE3 hold other hashes: their files are not taken over.
+    add(__version__, BLAKE3, *((name, version(name)) for name in ("torch", "transformers")), device)
     add(plan.config, dict(plan.code), *more)
     for shard in shards:
         add(shard.name, shard.nbytes)

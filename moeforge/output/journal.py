@@ -5,7 +5,6 @@ Knows names, sizes and hashes of files; knows nothing of what is in them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeforge.errors import BuildError, Finding
-from moeforge.hashes import sha256
+from moeforge.hashes import BLAKE3, digest_of
 from moeforge.output.staging import locked, publish, work_folder
 from moeforge.sealed import Sealed
 from moeforge.shown import show_size
@@ -81,7 +80,7 @@ class Journal:
             return (
                 not path.is_symlink()
                 and path.stat().st_size == seal.nbytes
-                and sha256(path) == seal.sha256
+                and digest_of(path, BLAKE3) == seal.blake3
             )
         except OSError:
             return False
@@ -119,13 +118,13 @@ class Journal:
         path = self.root / ROUTERS
         path.write_bytes(data)
         sync(path)
-        self.add(ROUTERS, Sealed(hashlib.sha256(data).hexdigest(), len(data)))
+        self.add(ROUTERS, Sealed(digest_of(path, BLAKE3), len(data)))
 
     def _write(self) -> None:
         data = {
             "fingerprint": self._fingerprint,
             "inode": self.folder.stat().st_ino,
-            "files": {name: [seal.sha256, seal.nbytes] for name, seal in self._sealed.items()},
+            "files": {name: [seal.blake3, seal.nbytes] for name, seal in self._sealed.items()},
         }
         half = self.root / f"{_NAME}.half"
         half.write_text(json.dumps(data, indent=1), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Owns the lock file of a build: what went in, with which versions, and which bytes came out.
 
-The same build gives the same lock: no times, no places on a disk but those in the recipe.
+The same build gives the same lock: no times, no places on a disk but those in the recipe. What went
+in is named by SHA-256, as on the Hub; what came out by BLAKE3, as the engine hashes it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from moeforge.sources.folder import read_json
 from moeforge.version import __version__
 
 NAME = "moeforge.lock.json"
-_FORMAT = 1
+_FORMAT = 2
+HASHED = {1: hashes.SHA256, _FORMAT: hashes.BLAKE3}
+"""How files of the output are hashed, by the format of the lock."""
 _ABOUT = ("README.md", "moeforge.card.json", "*.png")
 """Files about the model: people change them, and no program that loads it reads them."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
@@ -115,11 +118,14 @@ def read_lock(path: Path) -> dict[str, Any]:
     """Read a lock file.
 
     Raises:
-        SourceError: it is none, of another format, or names files outside its folder.
+        SourceError: it is none, of a format to come, or names files outside its folder.
     """
     lock = read_json(path)
-    if lock.get("lock") != _FORMAT:
-        what = f"{path} is not a lock file of format {_FORMAT}: it says {lock.get('lock')!r}"
+    known = lock.get("lock")
+    digest = HASHED.get(known) if isinstance(known, int) else None
+    if digest is None:
+        formats = " or ".join(map(str, HASHED))
+        what = f"{path} is not a lock file of format {formats}: it says {known!r}"
         raise SourceError(Finding(what, "Use the moeforge that wrote it."))
     kinds = {"versions": dict, "name": str, "recipe": dict, "settings": dict}
     kinds |= {"inputs": dict, "files": dict, "outputs": dict}
@@ -132,7 +138,7 @@ def read_lock(path: Path) -> dict[str, Any]:
         inner = PurePosixPath(name)
         if inner.is_absolute() or ".." in inner.parts:
             raise SourceError(Finding(f"{path} names {name!r}, which is outside the folder"))
-        if not isinstance(file, dict) or not {"size", "sha256"} <= file.keys():
+        if not isinstance(file, dict) or not {"size", digest} <= file.keys():
             raise SourceError(Finding(f"{path} is damaged: of {name} it says {file!r}"))
     return lock
 
@@ -239,17 +245,18 @@ def _contents(source: Source) -> str:
     return digest.hexdigest()
 
 
+def output_entry(path: Path, kind: str) -> Entry:
+    """Return size and hash of a file of the output, hashed as `HASHED` says."""
+    return {"size": path.stat().st_size, kind: hashes.digest_of(path, kind)}
+
+
 def _outputs(folder: Path, sealed: Mapping[str, Sealed]) -> Iterator[tuple[str, Entry]]:
-    """Yield each file of the output with size and SHA-256."""
+    """Yield each file of the output with size and BLAKE3."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or name == NAME or any(fnmatch(name, p) for p in _ABOUT):
             continue
-        seal = sealed.get(name)
-        yield (
-            name,
-            {
-                "size": path.stat().st_size,
-                "sha256": seal.sha256 if seal else hashes.sha256(path),
-            },
-        )
+        if seal := sealed.get(name):
+            yield name, {"size": seal.nbytes, hashes.BLAKE3: seal.blake3}
+        else:
+            yield name, output_entry(path, hashes.BLAKE3)

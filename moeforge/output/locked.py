@@ -3,42 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moeforge.errors import Finding
-from moeforge.hashes import sha256
-from moeforge.output.lock import NAME, read_lock, save_lock
+from moeforge.hashes import BLAKE3, TITLES
+from moeforge.output.lock import HASHED, NAME, output_entry, read_lock, save_lock
 
 _AGAIN = "Build or download the checkpoint again."
 
 
-def locked_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return size and SHA-256 of each file that the lock file lists; empty where there is none.
+@dataclass(frozen=True)
+class Locked:
+    """What a lock file says of the files beside it.
+
+    Attributes:
+        files: size and hash of each, by name; empty where there is no lock file.
+        kind: how they are hashed: "blake3", in older lock files "sha256".
+    """
+
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    kind: str = BLAKE3
+
+
+def locked_files(folder: Path) -> Locked:
+    """Return what the lock file, if there is one, says of the files of the checkpoint `folder`.
 
     Raises:
         SourceError: there is one, and it is not a lock file.
     """
     path = folder / NAME
     if not path.exists():
-        return {}
-    return {
-        name: (file["size"], file["sha256"]) for name, file in read_lock(path)["outputs"].items()
-    }
+        return Locked()
+    data = read_lock(path)
+    kind = HASHED[data["lock"]]
+    files = {name: (file["size"], file[kind]) for name, file in data["outputs"].items()}
+    return Locked(files, kind)
 
 
-def differences(
-    folder: Path, locked: Mapping[str, tuple[int, str]], digests: Mapping[str, str]
-) -> list[Finding]:
+def differences(folder: Path, locked: Locked, digests: Mapping[str, str]) -> list[Finding]:
     """Compare files with the lock.
 
     Args:
         folder: the checkpoint.
         locked: what the lock lists.
-        digests: SHA-256 of those that were hashed; of others the size alone is compared.
+        digests: hashes, of the lock's kind, of those that were hashed; of others the size alone is
+            compared.
     """
     findings = []
-    for name, (size, digest) in sorted(locked.items()):
+    for name, (size, digest) in sorted(locked.files.items()):
         path = folder / name
         if not path.is_file():
             findings.append(Finding(f"{name} is in {NAME}, and is not here", _AGAIN))
@@ -46,7 +60,8 @@ def differences(
             what = f"{name} has {path.stat().st_size} bytes, {NAME} says {size}"
             findings.append(Finding(what, _AGAIN))
         elif digests.get(name, digest) != digest:
-            what = f"{name} is not what was built: its SHA-256 is {digests[name][:16]}…"
+            what = f"{name} is not what was built: its {TITLES[locked.kind]} is "
+            what += f"{digests[name][:16]}…"
             findings.append(Finding(f"{what}, {NAME} says {digest[:16]}…", _AGAIN))
     return findings
 
@@ -66,10 +81,9 @@ def renew(folder: Path, names: Iterable[str]) -> None:
     if not (folder / NAME).exists():
         return
     data = read_lock(folder / NAME)
-    outputs = data["outputs"]
+    outputs, kind = data["outputs"], HASHED[data["lock"]]
     for name in outputs.keys() & set(names):
-        path = folder / name
-        found = {"size": path.stat().st_size, "sha256": sha256(path)}
+        found = output_entry(folder / name, kind)
         if found != outputs[name]:
             data.setdefault("built", {}).setdefault(name, outputs[name])
             outputs[name] = found
@@ -77,5 +91,5 @@ def renew(folder: Path, names: Iterable[str]) -> None:
 
 
 def built(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return size and SHA-256 of each file as the build made it, from the data of a lock file."""
+    """Return size and hash of each file as the build made it, from the data of a lock file."""
     return {**data["outputs"], **data.get("built", {})}

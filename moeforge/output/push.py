@@ -213,13 +213,17 @@ def _read(folder: Path, progress: Callable[[int, int], None]) -> tuple[Local, ..
         done += count
         progress(done, total)
 
-    found = tuple(
-        Local(name, path, path.stat().st_size, hashes.sha256(path, told))
+    # The Hub names files by SHA-256; the lock's hash comes of the same read.
+    kinds = {hashes.SHA256, locked.kind} if locked.files else {hashes.SHA256}
+    found = {name: hashes.digests(path, kinds, told) for name, path in paths.items()}
+    if locked.files:
+        ours = {name: digests[locked.kind] for name, digests in found.items()}
+        if wrong := differences(folder, locked, ours):
+            raise _changed(folder, wrong)
+    return tuple(
+        Local(name, path, path.stat().st_size, found[name][hashes.SHA256])
         for name, path in paths.items()
     )
-    if wrong := differences(folder, locked, {file.name: file.sha256 for file in found}):
-        raise _changed(folder, wrong)
-    return found
 
 
 def _is_private(path: Path) -> bool:

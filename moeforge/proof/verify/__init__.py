@@ -93,9 +93,9 @@ def _read_all(
     try:
         locked = files.locked_files(source.folder)
     except MoeforgeError as error:
-        values, _ = check_values(source, [], sealed, progress)
+        values, _ = check_values(source, files.Locked(), sealed, progress)
         return [values, judged("lock", error.findings)]
-    values, digests = check_values(source, list(locked), sealed, progress)
-    if not locked:
+    values, digests = check_values(source, locked, sealed, progress)
+    if not locked.files:
         return [values, *skipped("there is no lock file", "lock")]
     return [values, files.check_lock(source.folder, locked, digests)]

@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from moeforge.errors import Finding, MoeforgeError
-from moeforge.output.locked import differences, locked_files
+from moeforge.output.locked import Locked, differences, locked_files
 from moeforge.proof.verify.checks import OK, Check, judged, skipped
 from moeforge.sources.folder import INDEX, SINGLE, FolderSource, read_json
 from moeforge.sources.header import read_header
 from moeforge.vocabulary import chat
 
-__all__ = ["check_files", "check_lock", "check_special_ids", "check_template", "locked_files"]
+__all__ = [
+    "Locked",
+    "check_files",
+    "check_lock",
+    "check_special_ids",
+    "check_template",
+    "locked_files",
+]
 
 _IDS = tuple(
     f"{role}_token_id"
@@ -127,15 +134,13 @@ def check_template(folder: Path) -> Check:
     return Check("chat template", OK, "parses")
 
 
-def check_lock(
-    folder: Path, locked: Mapping[str, tuple[int, str]], digests: Mapping[str, str]
-) -> Check:
+def check_lock(folder: Path, locked: Locked, digests: Mapping[str, str]) -> Check:
     """Compare files with the lock.
 
     Args:
         folder: the checkpoint.
         locked: what the lock lists.
-        digests: SHA-256 of those that are there.
+        digests: hashes, of the lock's kind, of those that are there.
     """
     findings = differences(folder, locked, digests)
-    return judged("lock", findings, f"{len(locked)} files as they were built")
+    return judged("lock", findings, f"{len(locked.files)} files as they were built")

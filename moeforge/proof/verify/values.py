@@ -10,6 +10,7 @@ from pathlib import Path
 from moeforge import hashes
 from moeforge.errors import Finding
 from moeforge.finite import Odd, count_odd
+from moeforge.output.locked import Locked
 from moeforge.proof.verify.checks import Check, judged
 from moeforge.sealed import Sealed
 from moeforge.sources.folder import FolderSource
@@ -22,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 def check_values(
     source: FolderSource,
-    hashed: list[str],
+    locked: Locked,
     sealed: Mapping[str, Sealed],
     progress: Progress,
 ) -> tuple[Check, dict[str, str]]:
@@ -30,23 +31,25 @@ def check_values(
 
     Args:
         source: the checkpoint.
-        hashed: names of the files whose SHA-256 is wanted.
+        locked: the files whose hashes are wanted, and which hash.
         sealed: weights files of which both is known already.
         progress: told bytes that were read, and all of them.
 
     Returns:
-        The check, and the SHA-256 of the files in `hashed`.
+        The check, and the hashes of the files in `locked` that are there.
     """
     folder, specs = source.folder, source.specs()
-    digests = {name: seal.sha256 for name, seal in sealed.items()}
+    known = sealed if locked.kind == hashes.BLAKE3 else {}
+    digests = {name: seal.blake3 for name, seal in known.items()}
     spans = {name: source.locate(name) for name in specs}
     looked = [name for name, span in spans.items() if not span or span.path.name not in sealed]
-    files = [folder / name for name in hashed if name not in sealed and (folder / name).is_file()]
+    files = [folder / name for name in locked.files if name not in known]
+    files = [path for path in files if path.is_file()]
     total = sum(specs[name].nbytes for name in looked) + sum(f.stat().st_size for f in files)
     tell = _Counter(total, progress)
 
     def digest(path: Path) -> None:
-        digests[path.relative_to(folder).as_posix()] = hashes.sha256(path, tell)
+        digests[path.relative_to(folder).as_posix()] = hashes.digest_of(path, locked.kind, tell)
 
     odd: dict[str, Odd] = {}
 
