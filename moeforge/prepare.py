@@ -142,7 +142,7 @@ def _check_labels(planner: Planner, recipe: Recipe, findings: list[Finding]) -> 
         model = planner.model(expert.source_model, path)
         assert model is not None, "it was planned before"
         try:
-            same = tokens_of(model).ids == tokens_of(base).ids
+            same = tokens_of(model).ids == base.ids
         except MoeforgeError as error:
             findings += [replace(finding, path=path) for finding in error.findings]
             continue
@@ -227,7 +227,7 @@ def _padding(planner: Planner, plan: Plan) -> Padding | None:
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     try:
-        entries = 1 + max(tokens_of(model).ids.values(), default=-1)
+        entries = 1 + max(model.ids.values(), default=-1)
     except MoeforgeError:
         return None  # said elsewhere, where it matters
     return Padding(model.label, count, entries) if entries != count else None

@@ -71,6 +71,8 @@ def tokens_lost_and_moved(base: Model, other: Model) -> tuple[list[str] | None, 
     if (both := _both(base, other)) is None:
         return None, []
     known, ids = both
+    if known == ids:
+        return [], []
     lost = sorted((token for token in ids if token not in known), key=lambda token: ids[token])
     moved = (token for token in ids if token in known and known[token] != ids[token])
     return lost, sorted(moved, key=lambda token: known[token])
@@ -88,7 +90,7 @@ def _both(base: Model, other: Model) -> tuple[Mapping[str, int], Mapping[str, in
         if not (present(mine) and present(theirs)):
             return None
     try:
-        return tokens_of(base).ids, tokens_of(other).ids
+        return base.ids, tokens_of(other).ids
     except SourceError:
         return None
 

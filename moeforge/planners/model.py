@@ -14,6 +14,7 @@ from moeforge.errors import Finding
 from moeforge.plans import Dequantize, PlannedTensor, Read, walk
 from moeforge.sources import Source, quantized
 from moeforge.tensors import TensorSpec
+from moeforge.vocabulary import read
 from moeforge.vocabulary.change import TokenizerChange
 
 HEAD = "lm_head.weight"
@@ -70,6 +71,19 @@ class Model:
     left_out: Mapping[Read, str] = field(default_factory=dict)
     notes: tuple[Finding, ...] = ()
     tokenizer: TokenizerChange | None = None
+
+    @cached_property
+    def ids(self) -> Mapping[str, int]:
+        """Id of every token of its tokenizer.
+
+        It is kept: ask it of a model that others are compared with, and `vocab.tokens_of` of those.
+
+        Raises:
+            SourceError: it has no tokenizer that can be used.
+        """
+        if self.tokenizer is not None and self.tokenizer.tokens is not None:
+            return self.tokenizer.tokens.ids
+        return read(self.donor.folder, self.label).ids
 
     @property
     def tied(self) -> bool:
