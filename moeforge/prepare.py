@@ -26,6 +26,7 @@ from moeforge.recipe import (
     Reference,
     tuning,
 )
+from moeforge.recipe.placeholders import is_placeholder
 from moeforge.recipe.prompts import load as load_prompts
 from moeforge.sources import Source, open_source
 from moeforge.sources.adapter import open_adapter
@@ -204,6 +205,21 @@ def _alike(loaded: LoadedRecipe, prompts: Sequence[ExpertPrompt]) -> list[Findin
     return found
 
 
+def _placeholders(recipe: Recipe, prompts: Sequence[ExpertPrompt]) -> list[Finding]:
+    """Warn of prompts that a starter recipe has in place of the user's."""
+    if not isinstance(recipe, MoeRecipe):
+        return []
+    left = {expert for expert, _, prompt in prompts if expert >= 0 and is_placeholder(prompt.text)}
+    if not left:
+        return []
+    places = [recipe.numbered[i][0] for i in sorted(left)]
+    named = ", ".join(f"{word}[{number}]" for word, number in places)
+    what = f"prompts of {named} are the placeholders of `moeforge new`: a router that is fitted to "
+    what += "them sends tokens anywhere"
+    fix = "Write texts that this expert should get, as many as you can, or name a prompts_file."
+    return [Finding(what, fix, (*places[0], "positive_prompts"), warning=True)]
+
+
 def _tokens_without_rows(padding: Padding | None) -> list[Finding]:
     """Warn of a tokenizer that has more tokens than the embeddings it is copied for have rows."""
     if padding is None or padding.tokens <= padding.rows:
@@ -299,5 +315,11 @@ def prepare_with(loaded: LoadedRecipe, planner: Planner) -> Prepared:
     if findings:
         raise PlanError(*loaded.place(findings))
     padding = _padding(planner, plan)
-    remarks = loaded.place([*_alike(loaded, prompts), *_tokens_without_rows(padding)])
+    remarks = loaded.place(
+        [
+            *_placeholders(loaded.recipe, prompts),
+            *_alike(loaded, prompts),
+            *_tokens_without_rows(padding),
+        ]
+    )
     return Prepared(loaded, planner, plan, prompts, remarks, padding)

@@ -192,6 +192,49 @@ def test_method_and_parameters(llamas, tmp_path):
     assert "dare_ties" in ModelCard.load(tmp_path / "out" / "README.md").data.tags
 
 
+def test_cards_of_surgery_say_which_experts_of_what(hub, tmp_path):
+    """Made of a model of the Hub, then of each other: what is right of each kind, and no more."""
+    one, moe = "acme/one", tmp_path / "moe"
+    moeforge.upcycle(one, moe, experts=3, noise=0.01, verify=False)
+    moeforge.extract(moe, tmp_path / "dense", expert=2, verify=False)
+    moeforge.extract(moe, tmp_path / "mean", average=True, verify=False)
+    moeforge.experts(moe, tmp_path / "fewer", keep=[2, 0], verify=False)
+    each = {"model": str(moe), "keep": [[0, 1], [1, 2], [0, 2], [2, 1]]}
+    moeforge.build({"regroup": each}, tmp_path / "other", verify=False)
+
+    said = {folder.name: ModelCard.load(folder / "README.md") for folder in tmp_path.iterdir()}
+    tags = {name: card.data.tags for name, card in said.items()}
+    assert tags["moe"] == tags["fewer"] == tags["other"] == ["merge", "moe", "moeforge", "mixtral"]
+    assert tags["dense"] == ["merge", "moeforge", "llama"]
+    assert tags["mean"] == ["merge", "moeforge", "linear", "llama"]
+    data = said["moe"].data.to_dict()
+    assert (data["base_model"], data["license"]) == (["acme/one"], "mit")
+    assert (data["language"], data["datasets"]) == (["en", "de"], ["acme/texts"])
+
+    texts = {name: card.text for name, card in said.items()}
+    copies = "A mixture of 3 experts that start as copies of one model (`MixtralForCausalLM`); each"
+    assert copies in texts["moe"]
+    assert "until it is trained, it is no better than that model" in texts["moe"]
+    assert "| base; expert 0, 1, 2; config and tokenizer | `1111111` | `mit` |" in texts["moe"]
+    for name, taken, first in (
+        ("dense", "expert 2", "in place of the experts it has one MLP, expert 2. All else"),
+        ("mean", "the average of its experts", "one MLP, the average of its experts. All else"),
+        ("fewer", "experts 2, 0", "A mixture (`MixtralForCausalLM`) of experts 2, 0 of another"),
+        ("other", "2 experts of each layer, which the recipe lists", "(`MixtralForCausalLM`) of 2"),
+    ):
+        assert first in texts[name]
+        role = f"| `{moe}` | mixture: {taken}; config and tokenizer | local folder | `mit` |"
+        assert role in texts[name]
+        assert ("Its routers are not fitted" in texts[name]) == (name in ("fewer", "other"))
+        assert ("is not what their mixture computes" in texts[name]) == (name == "mean")
+        assert "copies of one model" not in texts[name]
+    assert "active per token" not in texts["dense"]
+    assert "linear" in texts["mean"]
+    before = (tmp_path / "fewer" / "README.md").read_bytes()
+    run("card", tmp_path / "fewer")
+    assert (tmp_path / "fewer" / "README.md").read_bytes() == before
+
+
 # --- licences -------------------------------------------------------------------------------------
 
 

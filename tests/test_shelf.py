@@ -332,7 +332,15 @@ def test_what_new_writes_is_fine_as_it_stands(kind, folders, llamas, tmp_path, m
     assert done.exit_code == 0, done.output
     report = moeforge.check(Path(f"{kind}.yml"))
     assert not report.errors
-    assert not [note for note in report.notes if note.warning]
+    told = [note for note in report.notes if note.warning]
+    if asked.prompts:
+        (note,) = told
+        numbers = range(asked.experts(asked.models[0]))
+        named = ", ".join(f"experts[{number}]" for number in numbers)
+        assert note.what.startswith(f"prompts of {named} are the placeholders of `moeforge new`")
+        assert "in place of the placeholders" in done.output
+    else:
+        assert not told
     text = Path(f"{kind}.yml").read_text()
     schema = re.match(r"# yaml-language-server: \$schema=(.*)\n", text)[1]
     jsonschema.Draft7Validator(json.loads(Path(schema).read_text())).validate(yaml.safe_load(text))

@@ -71,7 +71,10 @@ def new(
             return
         print(f"{path}: a recipe for {starter.KINDS[kind].goal}")
         print(f"{schema}: what editors check it with")
-        print(f"Read it, change what you like, then: moeforge check {path}")
+        todo = "Read it, change what you like"
+        if starter.KINDS[kind].prompts and not answers.prompts:
+            todo = "Put your prompts in place of the placeholders"
+        print(f"{todo}, then: moeforge check {path}")
 
 
 def _show_kinds(kinds: dict[str, Kind], *, as_json: bool) -> None:

@@ -11,12 +11,13 @@ from moeforge.dense import hidden_size, mlp_width
 from moeforge.errors import Path
 from moeforge.families import Family, Mixture
 from moeforge.planners import remote
+from moeforge.planners.copies import warn_of_copies
 from moeforge.planners.fit import fits, report_extra, unlike
 from moeforge.planners.homes import Home, choose, in_words_of
 from moeforge.planners.mixture import DOWN, Assembly, Views, check_base, check_expert
 from moeforge.planners.model import Findings, Model
 from moeforge.planners.parts import ExpertParts, Parts
-from moeforge.plans import Plan
+from moeforge.plans import Plan, PlannedTensor
 from moeforge.recipe import Expert, MoeRecipe
 
 Resolve = Callable[[object, Path], Model | None]
@@ -97,6 +98,12 @@ def _plan_native(
             mixture = replace(mixture, shared=-(-mixture.shared // step) * step)
         elif family.shared.needed:
             mixture = replace(mixture, shared=family.shared.zero_width(dense, mixture))
+
+    def mlp_of(model: Model, layer: int) -> dict[str, PlannedTensor]:
+        mine, stem = views(model), f"model.layers.{layer}.mlp."
+        return {rest: mine[stem + rest] for rest in family.mlp if stem + rest in mine}
+
+    warn_of_copies(parts, mlp_of, notes)
     return Assembly(replace(parts, mixture=mixture), family, views).plan(home, notes)
 
 

@@ -8,6 +8,7 @@ from moeforge.configs import Config, portable
 from moeforge.dense import anatomy, hidden_size
 from moeforge.errors import Path
 from moeforge.families import Mixture, _remote
+from moeforge.planners.copies import warn_of_copies
 from moeforge.planners.fit import unlike
 from moeforge.planners.model import Findings
 from moeforge.planners.parts import Parts
@@ -62,6 +63,7 @@ def plan(parts: Parts, findings: Findings, notes: Findings, path: Path) -> Plan 
     if len(findings) > before:
         return None
     notes.error(TRUST, path=(*path, "architecture"))
+    warn_of_copies(parts, mlps.of, notes)
     return _assemble(parts, mlps, notes)
 
 

@@ -70,6 +70,10 @@ class Mlps:
         inside = rest.removeprefix(f"{self._place.mlp}.")
         return (int(number), inside) if inside != rest else None
 
+    def of(self, model: Model, layer: int) -> Tensors:
+        """Return the tensors of the MLP of `model` in `layer`, by their names within it."""
+        return self._found[model.label][layer]
+
     def block(self, layer: int) -> str:
         """Return the module that has the router and the experts of a layer."""
         return f"{self._place.layers}{layer}.{self._place.mlp}"

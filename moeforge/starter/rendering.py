@@ -14,6 +14,7 @@ from typing import Any
 from moeforge import catalog, configs, tensors
 from moeforge.errors import Finding, RecipeError, nearest
 from moeforge.recipe import MergeRecipe, Reference, parse
+from moeforge.recipe.placeholders import placeholders
 from moeforge.sources import open_source
 from moeforge.starter.kinds import KINDS, Kind
 from moeforge.texts import expanded
@@ -119,6 +120,7 @@ def render(
         keep_trailing_newline=True,
     )
     environment.filters |= {"scalar": scalar, "quoted": _quoted, "word": _word}
+    environment.globals["placeholders"] = placeholders
     environment.filters["model"] = lambda name: _model(name, beside)
     body = environment.get_template(f"{kind}.yml.jinja").render(
         **_facts(asked, answers, file), **_layers(depth)

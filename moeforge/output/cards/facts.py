@@ -76,6 +76,12 @@ class Mixture:
     gate: str
     experts: tuple[Expert, ...]
 
+    @property
+    def copies(self) -> bool:
+        """Whether all routed experts are one model."""
+        routed = [expert.label for expert in self.experts if not expert.shared]
+        return len(routed) > 1 and len(set(routed)) == 1
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -119,6 +125,7 @@ class Facts:
         parents: what went in.
         methods: how it was merged.
         mixture: None unless it is a mixture of experts.
+        taken: which experts of another mixture it has, in words; empty where it has none.
         engines: other software that is known to load it, or not to.
         chat: None where there is no chat template.
         warnings: what the build warned of.
@@ -144,6 +151,7 @@ class Facts:
     parents: tuple[Parent, ...] = ()
     methods: tuple[Method, ...] = ()
     mixture: Mixture | None = None
+    taken: str = ""
     engines: tuple[Engine, ...] = ()
     chat: Chat | None = None
     warnings: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ from moeforge.output.folder import has_tokenizer
 from moeforge.output.lock import commit_of
 from moeforge.plans import ROUTERS, Merge, Plan, Read, walk
 from moeforge.recipe import Expert as Wanted
-from moeforge.recipe import MoeRecipe, Recipe
+from moeforge.recipe import AVERAGE, ExtractRecipe, MergeRecipe, MoeRecipe, Recipe, RegroupRecipe
 from moeforge.sources import Source
 from moeforge.sources.folder import module_folders
 from moeforge.version import __version__
@@ -64,9 +64,10 @@ def gather(
         active=plan.active_parameters,
         nbytes=plan.nbytes,
         code=tuple(plan.code),
-        parents=tuple(_parents(plan)),
+        parents=tuple(_parents(plan, recipe)),
         methods=tuple(_methods(plan)),
         mixture=_mixture(plan, recipe),
+        taken=_taken(recipe),
         engines=tuple(engines),
         chat=_chat(plan, folder) if task == "text-generation" else None,
         warnings=tuple(warnings),
@@ -87,7 +88,7 @@ def _hub_id(source: Source) -> str:
     return getattr(source, "repo_id", "") or (cached[1].replace("--", "/", 1) if cached else "")
 
 
-def _parents(plan: Plan) -> Iterator[Parent]:
+def _parents(plan: Plan, recipe: Recipe) -> Iterator[Parent]:
     layers = _layers(plan) if plan.kind == "stack" else {}
     for key, source in _inputs(plan).items():
         repo = _hub_id(source)
@@ -96,7 +97,7 @@ def _parents(plan: Plan) -> Iterator[Parent]:
             key=source.key,
             repo=repo,
             commit=(commit_of(source) or "") if repo else "",
-            roles=tuple(_roles(plan, key, source, layers.get(key, []))),
+            roles=tuple(_roles(plan, recipe, key, source, layers.get(key, []))),
             license=said.license,
             license_name=said.license_name,
             license_link=said.license_link,
@@ -105,10 +106,14 @@ def _parents(plan: Plan) -> Iterator[Parent]:
         )
 
 
-def _roles(plan: Plan, key: str, source: Source, layers: list[str]) -> Iterator[str]:
+def _roles(
+    plan: Plan, recipe: Recipe, key: str, source: Source, layers: list[str]
+) -> Iterator[str]:
     experts = plan.experts
-    if experts and key == experts.base:
+    if key == (experts.base if experts else _base(recipe)):
         yield "base"
+    if key in map(str, _mixtures(recipe)):
+        yield f"mixture: {_taken(recipe)}"
     for word, labels in (
         ("expert", experts.labels if experts else ()),
         ("shared expert", experts.shared if experts else ()),
@@ -123,6 +128,32 @@ def _roles(plan: Plan, key: str, source: Source, layers: list[str]) -> Iterator[
         yield "config and tokenizer"
     if "peft_type" in source.config:
         yield "LoRA adapter"
+
+
+def _base(recipe: Recipe) -> str:
+    """Return what a merge calls its base; "" for none."""
+    return str(recipe.base_model or "") if isinstance(recipe, MergeRecipe) else ""
+
+
+def _mixtures(recipe: Recipe) -> Iterator[object]:
+    """Yield the mixture that is taken apart, if any."""
+    if isinstance(recipe, ExtractRecipe):
+        yield recipe.extract.model
+    if isinstance(recipe, RegroupRecipe):
+        yield recipe.regroup.model
+
+
+def _taken(recipe: Recipe) -> str:
+    """Return in words which experts of a mixture a recipe takes."""
+    if isinstance(recipe, ExtractRecipe):
+        number = recipe.extract.expert
+        return "the average of its experts" if number == AVERAGE else f"expert {number}"
+    if not isinstance(recipe, RegroupRecipe):
+        return ""
+    kept = recipe.regroup.keep
+    if isinstance(kept[0], int):
+        return f"experts {', '.join(map(str, kept))}"
+    return f"{len(kept[0])} experts of each layer, which the recipe lists"
 
 
 def _layers(plan: Plan) -> dict[str, list[str]]:

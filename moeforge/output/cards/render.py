@@ -87,17 +87,25 @@ def _summary(facts: Facts) -> str:
     merged = ", ".join(plain(method.title) for method in facts.methods)
     if facts.mixture:
         chosen = sum(not expert.shared for expert in facts.mixture.experts)
+        what = "experts that start as copies of one model" if facts.mixture.copies else "experts"
+        made = "" if facts.mixture.copies else f" made of {count}"
         text = (
-            f"A mixture of {chosen} experts ({code(facts.architecture)}) made of {count}; each "
+            f"A mixture of {chosen} {what} ({code(facts.architecture)}){made}; each "
             f"token passes through {facts.mixture.per_token} of them. Attention, norms and "
             f"embeddings come from the base."
         )
     elif facts.kind == "stack":
         text = f"Layers of {count}, stacked ({code(facts.architecture)})."
     elif facts.kind == "extraction":
-        text = f"A dense model ({code(facts.architecture)}) out of a mixture of experts."
+        text = (
+            f"A dense model ({code(facts.architecture)}) out of a mixture of experts: in place of "
+            f"the experts it has one MLP, {facts.taken}. All else is as in the mixture."
+        )
     elif facts.kind == "regrouping":
-        text = f"A mixture ({code(facts.architecture)}) with experts that another mixture had."
+        text = (
+            f"A mixture ({code(facts.architecture)}) of {facts.taken} of another one, with their "
+            "rows of its routers. All else is as there."
+        )
     elif len(models) == 1:
         text = f"Made out of one model, as its recipe says ({code(facts.architecture)})."
     else:
@@ -214,6 +222,21 @@ def _limits(facts: Facts) -> str:
         lines.append(
             f"The router is not fitted to anything (`{facts.mixture.gate_mode}`): train it before "
             "use, for example with `moeforge tune`."
+        )
+    if facts.mixture and facts.mixture.copies and not facts.tuned:
+        lines.append(
+            "Its experts are copies of one model, but for noise if the recipe adds any: until it "
+            "is trained, it is no better than that model and takes more memory."
+        )
+    if facts.kind == "regrouping" and not facts.tuned:
+        lines.append(
+            "Its routers are not fitted to what it has: tokens whose experts are gone go to those "
+            "whose scores come next, and copies of one expert share its weight."
+        )
+    if facts.kind == "extraction" and facts.methods:
+        lines.append(
+            "The average of experts is not what their mixture computes, which weighs them anew for "
+            "each token."
         )
     lines += map(plain, facts.warnings)
     lines.append(
