@@ -16,8 +16,8 @@ from moeforge.output.cards.strangers import read_card
 from moeforge.output.folder import has_tokenizer
 from moeforge.output.lock import commit_of
 from moeforge.plans import ROUTERS, Merge, Plan, Read, walk
-from moeforge.recipe import Expert as Wanted
 from moeforge.recipe import AVERAGE, ExtractRecipe, MergeRecipe, MoeRecipe, Recipe, RegroupRecipe
+from moeforge.recipe import Expert as Wanted
 from moeforge.sources import Source
 from moeforge.sources.folder import module_folders
 from moeforge.version import __version__
