@@ -107,6 +107,32 @@ def test_they_give_the_bits_of_torch(quick, tmp_path, monkeypatch, word, params,
         assert torch.equal(bits(tensor), bits(by_kernels[name]))
 
 
+@pytest.mark.parametrize("row", [600, 2**15 + 77])
+@pytest.mark.parametrize("kind", ["few", "zero", "near", "one large", "all kinds"])
+def test_ranks_found_by_tables_are_those_of_sorting(kind, row):
+    """Where many are equal, or all, or none although they are alike; or where they span much."""
+    from moeforge.methods import Place
+    from moeforge.methods._rank import large
+
+    generator = torch.Generator().manual_seed(2)
+    magnitudes = torch.randn(3, row, generator=generator).abs()
+    if kind == "few":
+        magnitudes = (magnitudes * 8).round() / 8
+    elif kind == "zero":
+        magnitudes.zero_()
+    elif kind == "near":
+        magnitudes = 1.0 + magnitudes * 1e-5
+    elif kind == "one large":
+        magnitudes[:, 3] = 3e38
+    else:
+        magnitudes = magnitudes**40
+    params = {"density": (None, 0.5), "epsilon": (None, 0.3), "key": 7}
+    arguments = (0, magnitudes.flatten(), params, Place((3, row), 0))
+    sorted_ = large(*arguments)
+    assert kernels.load(["drawing", "ranking"], narrow=True)
+    assert (large(*arguments) == sorted_).all()
+
+
 def test_every_method_with_kernels_is_compared_here():
     words = {word for word in catalog.names("methods") if methods.load(word).kernels}
     assert words == {word for word, _ in CASES}

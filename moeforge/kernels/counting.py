@@ -70,7 +70,11 @@ _squeeze = _squeeze_lanes if binding.llvm_version_info[0] >= LLVM else _squeeze_
 
 
 @compiled
-def _collect(bits: Any, first: Any, width: Any, out: Any, count: Any) -> Any:
+def collect(bits: Any, first: Any, width: Any, out: Any, count: Any) -> Any:
+    """Append those of uint32 `bits` that are among the `width` numbers from `first` on to `out`.
+
+    `count` are there already, uint64. Returns how many there are then; `out` is longer by ROOM.
+    """
     whole = bits.size // LANES * LANES
     for j in range(0, whole, LANES):
         count = _squeeze(bits, j, first, width, out, count)
@@ -117,7 +121,7 @@ def tally(values: Any, first: Any, stop: Any, out: Any) -> Any:
     for start in range(0, values.size, STRETCH):
         end = min(start + STRETCH, values.size)
         reached += _reaching(values[start:end], stop)
-        count = _collect(bits[start:end], limits[0], width, room, count)
+        count = collect(bits[start:end], limits[0], width, room, count)
     return reached, count
 
 
@@ -148,7 +152,7 @@ def ranked(values: Any, rank: Any) -> Any:
         width = np.uint32(1) << np.uint32(shift)
         high = np.uint32(low + width - np.uint32(1))
         # In place: what is kept goes where it was, or before that.
-        bits = room[: _collect(bits, low, width, room, np.uint64(0))]
+        bits = room[: collect(bits, low, width, room, np.uint64(0))]
 
 
 @compiled
@@ -199,7 +203,7 @@ def tallies(matrix: Any, which: Any, limits: Any, room: Any, found: Any) -> None
             if first < stop:
                 width = np.uint32(borders[i, 1] - borders[i, 0])
                 here = bits[1, : end - start]
-                found[i, 3] = _collect(here, borders[i, 0], width, rooms[i], np.uint64(found[i, 3]))
+                found[i, 3] = collect(here, borders[i, 0], width, rooms[i], np.uint64(found[i, 3]))
 
 
 def warm(kind: Any) -> None:

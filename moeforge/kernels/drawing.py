@@ -1,4 +1,4 @@
-"""Owns random draws."""
+"""Owns random draws, and keeping what they choose."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ def draws(key: Any, start: Any, out: Any) -> None:
         done += count
 
 
+@compiled
+def keep(values: Any, kept: Any) -> None:
+    """Multiply float32 `values` in place with `kept`, uint8, zeros and ones."""
+    for j in range(values.size):
+        values[j] *= np.float32(kept[j])
+
+
 def warm(kind: Any) -> None:
     """Have everything compiled; draws know no dtype."""
     draws(np.uint64(0), 0, np.zeros(2, np.int16))
+    keep(np.zeros(2, np.float32), np.zeros(2, np.uint8))

@@ -58,19 +58,27 @@ def drop(index: int, delta: Tensor, params: Params, found: Any, place: Place) ->
 
     Source: Yu et al., "Language models are super Mario" (DARE), arXiv 2311.03099.
     """
-    import numpy as np
-
-    bound = round(max(densities(params)[index], 0.0) * 2**16)
-    if bound >= 2**16:
-        return
-    key = derive(params["key"], index)
     if delta.device.type == "cuda":
+        bound = round(max(densities(params)[index], 0.0) * 2**16)
+        if bound >= 2**16:
+            return
+        key = derive(params["key"], index)
         from moeforge.methods._gpu import draws as drawn_there
 
         delta.mul_(drawn_there(key, place.start, delta.numel(), delta.device) < bound - 2**15)
         return
-    drawn = draws(key, place.start, delta.numel())
-    keep(delta, drawn < np.int16(bound - 2**15))
+    keep(delta, lucky(index, delta, params, place))
+
+
+def lucky(index: int, delta: Tensor, params: Params, place: Place) -> Any:
+    """Return which elements of a delta `drop` keeps: a numpy array of bools."""
+    import numpy as np
+
+    bound = round(max(densities(params)[index], 0.0) * 2**16)
+    if bound >= 2**16:
+        return np.ones(delta.numel(), np.bool_)
+    drawn = draws(derive(params["key"], index), place.start, delta.numel())
+    return drawn < np.int16(bound - 2**15)
 
 
 def keep(delta: Tensor, kept: Any) -> None:
@@ -82,4 +90,9 @@ def keep(delta: Tensor, kept: Any) -> None:
         delta.mul_(torch.from_numpy(kept).to(delta.device))
         return
     values = delta.numpy()
+    if kernels.loaded() and values.dtype == np.float32:
+        from moeforge.kernels.drawing import keep as compiled
+
+        compiled(values, kept.view(np.uint8))
+        return
     np.multiply(values, kept, out=values)

@@ -9,12 +9,17 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from moeforge import kernels
 from moeforge.methods import Params, Place
 from moeforge.methods._random import derive, draws, keep
 from moeforge.methods._task import densities
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_SHORT = 2**9
+"""Elements of a row from which on tables tell ranks faster than sorting does."""
 
 
 def check(params: Params) -> str:
@@ -48,15 +53,14 @@ def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: P
     Ranks go by magnitude in float32; equal magnitudes rank by position. A row of one element is
     kept with probability `density`.
     """
-    import numpy as np
-
     density, epsilon = densities(params)[index], params["epsilon"][index + 1]
     if density <= 0:
         delta.zero_()
         return
-    row, key = place.row, derive(params["key"], index)
     if delta.device.type == "cuda":
         import torch
+
+        row, key = place.row, derive(params["key"], index)
 
         from moeforge.methods._gpu import draws as drawn_there
         from moeforge.methods._gpu import thin
@@ -65,17 +69,40 @@ def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: P
         surely, maybe, needed = _ranks_needed(density, epsilon, row)
         thin(delta, row, drawn, surely, maybe, torch.from_numpy(needed))
         return
-    bits = delta.abs().float().cpu().numpy().view(np.int32).reshape(-1, row)
+    keep(delta, large(index, delta.abs(), params, place))
+
+
+def large(index: int, magnitudes: Tensor, params: Params, place: Place) -> Any:
+    """Return which elements `thin_by_rank` keeps: a numpy array of bools.
+
+    Args:
+        index: of a delta whose density is above zero.
+        magnitudes: of whole rows of it.
+        params: the method's.
+        place: where they lie.
+    """
+    import numpy as np
+
+    density, epsilon = densities(params)[index], params["epsilon"][index + 1]
+    row, values = place.row, magnitudes.float().cpu().numpy()
+    surely, maybe, needed = _ranks_needed(density, epsilon, row)
+    drawn = draws(derive(params["key"], index), place.start, values.size)
+    if kernels.loaded() and row >= _SHORT:
+        from moeforge.kernels.ranking import choose
+
+        found = np.empty(values.size, np.uint8)
+        limits = np.array([surely, *sorted((surely, maybe))], np.int32)
+        choose(values.view(np.uint32), row, drawn, limits, needed, found)
+        return found.view(np.bool_)
+    bits = values.view(np.int32).reshape(-1, row)
     # One key per element, in the order of magnitude and then of position.
     keys = bits.astype(np.int64)
     keys <<= 32
     keys |= np.arange(row, dtype=np.int64)
     ordered = np.sort(keys, axis=1).reshape(-1)
-    surely, maybe, needed = _ranks_needed(density, epsilon, row)
-    drawn = draws(key, place.start, delta.numel())
     kept = drawn < surely - 2**15
     # Of most elements the draw alone decides; only of the others the rank is looked at.
     open_ = np.flatnonzero((drawn < maybe - 2**15) ^ kept)
     ranks = needed.take(drawn.take(open_).astype(np.int64) + 2**15)
     kept[open_] = keys.reshape(-1).take(open_) >= ordered.take(open_ // row * row + ranks)
-    keep(delta, kept)
+    return kept

@@ -23,7 +23,7 @@ from moeforge.methods import (
     Place,
     Scan,
 )
-from moeforge.methods._sums import absolute, add_up, result_of
+from moeforge.methods._sums import absolute, add_up, blocks, result_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Sparsify = Callable[[int, "Tensor", Params, Any, Place], None]
 """(index among the models that are not the base, delta, params, what `find` returned, place): sets
 small or unlucky elements of the delta to zero."""
+Choose = Callable[[int, "Tensor", Params, Place], Any]
+"""(index among the models that are not the base, magnitudes of a delta whose density is between
+zero and one, params, place): which elements of it `Sparsify` keeps, a numpy array of bools."""
 Find = Callable[[Params, Place], Measurement]
 Bounds = Callable[[int, Any, Place], "tuple[Cut | None, Cut | None]"]
 """(index among the models that are not the base, what `find` returned, place): the cut below which
@@ -161,6 +164,36 @@ def _packed(parts: Tensor, place: Place) -> Kept:
     return {(place.start, parts.shape[1]): np.packbits(parts.numpy() != 0, axis=1)}
 
 
+def _drawn(
+    matrix: Any, params: Params, place: Place, choose: Choose
+) -> tuple[list[tuple[float, ...]], Kept]:
+    """Return, of each block, Σ|x| of the deltas, then of what is kept of them; and what that is.
+
+    Args:
+        matrix: base and models, as `kernels.matrix` gives them.
+        params: with densities above zero.
+        place: where the elements lie.
+        choose: says what is kept.
+    """
+    import numpy as np
+    import torch
+
+    from moeforge.kernels.counting import magnitudes
+    from moeforge.kernels.drawing import keep
+
+    parts = torch.empty(len(matrix) - 1, matrix.shape[1])
+    magnitudes(matrix, np.arange(1, len(matrix)), parts.numpy())
+    whole = [block.sum(-1).tolist() for block in blocks(parts)]
+    kept = np.ones(parts.shape, np.uint8)
+    for i, share in enumerate(densities(params)):
+        if share < 1:
+            kept[i] = choose(i, parts[i], params, place)
+            keep(parts[i].numpy(), kept[i])
+    left = [block.sum(-1).tolist() for block in blocks(parts)]
+    lines = [(*a, *b) for a, b in zip(whole, left, strict=True)]
+    return lines, {(place.start, parts.shape[1]): np.packbits(kept, axis=1)}
+
+
 def _keep_packed(parts: Tensor, bits: Any) -> None:
     import numpy as np
 
@@ -238,13 +271,13 @@ def task_method(
     paper: str,
     *,
     sparsify: Sparsify = _keep,
+    choose: Choose | None = None,
     find: Find = _nothing,
     bounds: Bounds | None = None,
     consensus: bool = False,
     normalize: bool = False,
     rescale: bool = False,
     rows: bool = False,
-    random: bool = False,
     more: Mapping[str, Param] | None = None,
     check: Callable[[Params], str] | None = None,
 ) -> Method:
@@ -254,16 +287,17 @@ def task_method(
         title: name for people.
         paper: where it comes from.
         sparsify: what becomes of a delta whose density is below one.
+        choose: what a sparsifier that draws keeps.
         find: what the sparsifier must know first.
         bounds: what the sparsifier does, as cuts; None if it does it otherwise.
         consensus: elect signs.
         normalize: default of the parameter: divide by the sum of weights.
         rescale: default of the parameter: give the kept elements the L1 norm of all.
         rows: whether the sparsifier needs whole rows.
-        random: whether it draws.
         more: parameters beyond those of the family.
         check: as in Method.
     """
+    drawing = (("drawing", "ranking") if rows else ("drawing",)) if choose else ()
 
     def sparsified(parts: Tensor, params: Params, found: Any, place: Place) -> Tensor:
         for i, share in enumerate(densities(params)):
@@ -277,14 +311,18 @@ def task_method(
         factors, choices = [1.0] * len(shares), Kept()
         if params["rescale"] and sparsify is not _keep and any(0 < s < 1 for s in shares):
             # What is drawn costs more than to hold it; a model that keeps nothing draws nothing.
-            hold = random and min(shares) > 0 and len(shares) * place.numel <= HELD
+            fits = min(shares) > 0 and len(shares) * place.numel <= HELD
+            drawn = choose if fits else None
 
             def look(tensors: Tensor, here: Place) -> tuple[list[tuple[float, ...]], Kept]:
+                matrix = kernels.matrix(tensors)
+                if drawn is not None and matrix is not None:
+                    return _drawn(matrix, params, here, drawn)
                 parts = deltas(tensors)
                 whole = absolute(parts)
                 kept = absolute(sparsified(parts, params, found, here))
                 sums = [(*a, *b) for a, b in zip(whole, kept, strict=True)]
-                return sums, _packed(parts, here) if hold else {}
+                return sums, _packed(parts, here) if drawn is not None else {}
 
             def join(pieces: list[tuple[list[tuple[float, ...]], Kept]]) -> Any:
                 bits = {key: value for _, kept in pieces for key, value in kept.items()}
@@ -337,10 +375,10 @@ def task_method(
         },
         inputs=(1, None),
         base="required",
-        kernels=("differences", "drawing") if random else ("differences",),
+        kernels=("differences", *drawing),
         measure=measure,
         rows=lambda params: rows and any(share < 1 for share in densities(params)),
-        random=random,
+        random=choose is not None,
         check=check,
         paper=paper,
     )

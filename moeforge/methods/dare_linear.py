@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from moeforge.methods._random import drop
+from moeforge.methods._random import drop, lucky
 from moeforge.methods._task import task_method
 
 METHOD = task_method(
     "Linear DARE",
     "https://arxiv.org/abs/2311.03099",
     sparsify=drop,
+    choose=lucky,
     rescale=True,
-    random=True,
 )
