@@ -100,6 +100,7 @@ class Evaluator:
         self._windows: dict[tuple[str, str], Window] = {}
         self._free: list[Window] = []
         self._end: dict[tuple[str, str], int] = {}
+        self._as_stored: dict[int, bool] = {}
         self.bands: dict[tuple[int, torch.dtype], reshape.Band] = {}
 
     @contextmanager
@@ -154,6 +155,7 @@ class Evaluator:
         self._free += [self._windows.pop(key) for key in list(self._windows) if key not in reads]
         for window in (*self._windows.values(), *self._free):
             window.start = window.end = 0
+        self._as_stored.clear()
         moves = any(isinstance(part, _MOVES) for part in parts)
         self._end = dict.fromkeys(reads, end) if end is not None and not moves else {}
         wanted = {id(part) for part in parts}
@@ -254,8 +256,10 @@ class Evaluator:
 
         One look at many short runs: their elements lie one after the other, at no place.
         """
-        count = sum(length for _, length in runs)
-        tensors = torch.empty(len(node.inputs), count, dtype=torch_dtype(working))
+        count, kind = sum(length for _, length in runs), torch_dtype(working)
+        if self._taken_as_stored(node, kind):
+            kind = torch.bfloat16
+        tensors = torch.empty(len(node.inputs), count, dtype=kind)
         for row, expr in zip(tensors, node.inputs, strict=True):
             assert isinstance(expr, Read)
             source = self.plan.sources[expr.source]
@@ -274,26 +278,31 @@ class Evaluator:
         """Return memory for `count` elements, in use until it is released."""
         if self.device.type != "cpu":
             return torch.empty(count, dtype=dtype, device=self.device)
-        nbytes = count * dtype.itemsize
+        return self._room(count * dtype.itemsize).tensor(dtype, count)
+
+    def _room(self, nbytes: int) -> Buffer:
+        """Return memory for `nbytes`, in use until it is released."""
         if self._used == len(self._pool):
             self._pool.append(Buffer(nbytes))
         elif self._pool[self._used].size < nbytes:
             self._pool[self._used] = Buffer(nbytes)
         self._used += 1
-        return self._pool[self._used - 1].tensor(dtype, count)
+        return self._pool[self._used - 1]
 
     def _inputs(
         self, node: Merge, working: torch.dtype, whole: Whole, start: int, count: int
     ) -> Tensor:
         """Return elements [start, start + count) of each input of `node`, [inputs, count]."""
         exprs = node.inputs
-        if self._taken_as_stored(node, working):
-            tensors = self._take(torch.bfloat16, len(exprs) * count).view(len(exprs), count)
-            for row, expr in zip(tensors, exprs, strict=True):
+        if id(node) not in self._as_stored:
+            self._as_stored[id(node)] = self._taken_as_stored(node, working)
+        if self._as_stored[id(node)]:
+            buffer = self._room(len(exprs) * count * 2)
+            for i, expr in enumerate(exprs):
                 assert isinstance(expr, Read)
-                data = memoryview(row.view(torch.uint8).numpy())
+                data = buffer.view(count * 2, i * count * 2)
                 self.plan.sources[expr.source].read(expr.name, start * 2, data)
-            return tensors
+            return buffer.tensor(torch.bfloat16, len(exprs) * count).view(len(exprs), count)
         # Rows a power of two apart would share the same few lines of the cache; kernels, which
         # want them one after the other, look at little of each at a time.
         stride = count + (0 if kernels.loaded() or self._stream is not None else PADDING)
@@ -348,16 +357,16 @@ class Evaluator:
     def _merge(
         self, node: Merge, working: torch.dtype, whole: Whole, start: int, out: Tensor
     ) -> None:
-        method, rounded = methods.load(node.method), out.dtype == torch.bfloat16
-        place = Place(self.plan.shape(node), start, rounded)
+        method, place = methods.load(node.method), Place(self.plan.shape(node), start, out)
         lead, count = 0, out.numel()
         if method.rows(dict(node.params)):  # some of a vector's elements may be wanted: its rows
             lead = start % place.row
             count = -(-(lead + count) // place.row) * place.row
-            place = Place(place.shape, start - lead, rounded)
+            place = Place(place.shape, start - lead)
         tensors = self._inputs(node, working, whole, place.start, count)
         merged = method.merge(tensors, dict(node.params), whole.stats.get(id(node)), place)
-        out.copy_(merged[lead : lead + out.numel()])
+        if merged is not out:
+            out.copy_(merged[lead : lead + out.numel()])
 
     def _read(self, node: Read, start: int, out: Tensor) -> None:
         source, count = self.plan.sources[node.source], out.numel()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 COPY_WINDOW = 2**18
 """Bytes copied at a time: they stay in the cache while they are looked at, and written."""
 
-SAMPLE, COARSE = 2**17, 32
+SAMPLE, COARSE = 2**16, 32
 """Elements of a sample; and the runs that it is made of where runs cannot be short."""
 
 Report = Callable[[int], None]

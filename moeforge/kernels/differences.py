@@ -122,8 +122,8 @@ def task(
     matrix: Any,
     borders: Any,
     bounds: Any,
-    sparse: Any,
     kept: Any,
+    sparse: Any,
     factors: Any,
     weights: Any,
     consensus: Any,
@@ -140,9 +140,9 @@ def task(
         borders: int64 [models, 2]: elements before which the first of two bounds holds.
         bounds: float32 [models, 2, 2]: differences up to the bound, in magnitude, become zero; of
             the small ones, and of the outliers; before the border and from it on.
-        sparse: whether there are bounds.
         kept: uint8 [models, elements], what differences are multiplied with instead; or [0, 0].
-        factors: float32 [models], then.
+        sparse: whether there are bounds.
+        factors: float32 [models], what they are multiplied with then.
         weights: float32 [models], of models that take part in an election.
         consensus: elect signs.
         normalize: divide by the sum of weights: of those that take part in an election, else by
@@ -199,4 +199,4 @@ def warm(kind: Any) -> None:
     one = np.ones(1, np.float32)
     kept = np.zeros((0, 0), np.uint8)
     for result in (out[0], np.zeros(2, np.uint16)):
-        task(*(matrix, *arrays, True, kept, one, one, True, True, True, ONE, ONE, result))
+        task(*(matrix, *arrays, kept, True, one, one, True, True, True, ONE, ONE, result))

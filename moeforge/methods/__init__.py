@@ -7,7 +7,7 @@ engine; which value a parameter has for a tensor belongs to the planners.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,12 +61,13 @@ class Place:
     Attributes:
         shape: shape of the whole tensor.
         start: index of the first element in the flattened tensor.
-        rounded: whether the result goes into bfloat16, so that it may come in it.
+        out: where the result goes, rounded to its dtype; a method may put it there itself, and
+            return it, instead of returning it in the dtype of its inputs.
     """
 
     shape: tuple[int, ...]
     start: int
-    rounded: bool = False
+    out: Tensor | None = field(default=None, compare=False)
 
     @property
     def row(self) -> int:
@@ -118,8 +119,8 @@ class Method:
         merge: (tensors, params, stats, place) -> Tensor. The rows of `tensors` [inputs, elements]
             are equal slices of the flattened inputs in float32 (float64 for float64 inputs), in the
             order of the recipe but for a base that is used as one, which is first. They are
-            scratch: they may be overwritten, and the result, in their dtype or as `place` says,
-            may be one of them. Pure otherwise.
+            scratch: they may be overwritten, and the result may be one of them, or `place.out`.
+            Pure otherwise.
         params: parameters by name.
         inputs: fewest and most inputs, a required base included, an optional one not; None for no
             limit. A required base alone is the result: no method is asked.

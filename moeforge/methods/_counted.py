@@ -17,15 +17,19 @@ RESOLUTION = 13
 
 
 class Limits(NamedTuple):
-    """Where magnitudes are counted, and where they are collected: from `first` on, below `stop`."""
+    """Where magnitudes are counted, and where they are collected: from `first` on, below `stop`.
+
+    Of those there may be too many distinct ones, unless `spare` low bits are dropped.
+    """
 
     first: Any
     stop: Any
     low: Any
     high: Any
+    spare: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Counted:
     """What a piece of the tensor holds: its range, elements above a bracket, and what is inside.
 

@@ -4,7 +4,7 @@ No tensor is sorted. A sample brackets the k-th largest magnitude, one pass coun
 the bracket and collects the values inside; equal magnitudes are told apart by position.
 Where the bracket misses, another pass looks on the side where it must be.
 
-In memory for each threshold: the sample (2¹⁷ magnitudes), and the values inside the bracket, at
+In memory for each threshold: the sample (2¹⁶ magnitudes), and the values inside the bracket, at
 most some 2²¹; of more, the distinct ones with their counts; where these are more, neighbours are
 counted together, and one more pass tells them apart.
 """
@@ -169,7 +169,9 @@ class _Target:
             self._many = (True, True)
         inner = np.nextafter(ends, np.array(np.inf, kind))
         first = inner[0] if self._many[0] else ends[0]
-        return Limits(first, ends[1] if self._many[1] else inner[1], *ends)
+        lowest, highest = bits(ends).tolist()
+        spare = max((highest - lowest).bit_length() - RESOLUTION, 0)
+        return Limits(first, ends[1] if self._many[1] else inner[1], ends[0], ends[1], spare)
 
     def count(self, values: Any, start: int) -> Counted:
         """Count the elements above the bracket, and collect those inside."""
@@ -192,11 +194,9 @@ class _Target:
         # Of many elements equal to an end none were collected.
         low = low if self._many[0] and limits.low != limits.high else 0
         high = high if self._many[1] else 0
-        lowest, highest = bits(limits.low), bits(limits.high)
-        spare = max(int(highest - lowest).bit_length() - RESOLUTION, 0)
         ends = (limits.low, limits.high)
         piece = Counted(
-            start, size, reached - high, inside, ends=ends, equal=(low, high), spare=spare
+            start, size, reached - high, inside, ends=ends, equal=(low, high), spare=limits.spare
         )
         # The bracket missed: what is collected is not to grow with the chunk.
         return piece.distinct() if len(inside) > _MOST * size else piece
@@ -324,26 +324,28 @@ def cuts(
     def missing() -> bool:
         return any(target.cut is None for target in targets)
 
-    def counted(tensors: Tensor, here: Place) -> list[Any] | None:
+    def counter() -> Callable[[Tensor, Place], list[Any] | None]:
+        """Return what counts in one pass, compiled; it gives None where it cannot."""
         import numpy as np
 
         wanting = [target for target in targets if target.cut is None]
-        kind = np.float64 if tensors.element_size() == 8 else np.float32
-        limits = [target.limits(kind) for target in wanting]
-        quantities, size = [target.quantity for target in wanting], tensors.shape[1]
-        if tensors.device.type == "cuda":
-            from moeforge.methods._gpu import tally as tally_there
+        limits = [target.limits(np.float32) for target in wanting]
+        quantities = [target.quantity for target in wanting]
+        lines = np.array([line[:4] for line in limits], np.float32)
+        nothing = np.zeros(0, np.float32)
 
-            found = tally_there(magnitudes(tensors, here), quantities, np.array(limits))
-        elif tally is None or (found := tally(tensors, quantities, np.array(limits))) is None:
-            return None
-        done = {id(target): lines for target, *lines in zip(wanting, limits, *found, strict=True)}
-        return [
-            target.counted(here.start, size, *done[id(target)])
-            if id(target) in done
-            else target.count(np.zeros(0, np.float32), here.start)
-            for target in targets
-        ]
+        def count(tensors: Tensor, here: Place) -> list[Any] | None:
+            if tally is None or (counts := tally(tensors, quantities, lines)) is None:
+                return None
+            start, size, found = here.start, tensors.shape[1], zip(limits, *counts, strict=True)
+            return [
+                t.count(nothing, start)
+                if t.cut is not None
+                else t.counted(start, size, *next(found))
+                for t in targets
+            ]
+
+        return count
 
     def scan(
         name: str,
@@ -353,9 +355,10 @@ def cuts(
         sample: bool = False,
     ) -> Measurement:
         """Scan with method `name` of every target; return each target with its chunks' results."""
+        count = counter() if name == "count" else None
 
         def look(tensors: Tensor, here: Place) -> list[Any]:
-            if name == "count" and (found := counted(tensors, here)) is not None:
+            if count is not None and (found := count(tensors, here)) is not None:
                 return found
             arrays: Any = magnitudes(tensors, here)
             if name != "positions" or arrays.device.type != "cuda":

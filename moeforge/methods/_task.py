@@ -23,7 +23,7 @@ from moeforge.methods import (
     Place,
     Scan,
 )
-from moeforge.methods._sums import absolute, add_up, blocks, result_of
+from moeforge.methods._sums import absolute, add_up, blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,18 +52,20 @@ class Stats:
         factors: for each delta, what its kept elements are multiplied with.
         kept: which elements of the deltas are kept, as bits [models, elements / 8], by start and
             length of the slice; of slices that are not there it is found out again.
+        ready: what the kernel is handed for every slice, once it is known.
     """
 
     found: Any
     factors: tuple[float, ...]
     kept: Kept = field(default_factory=dict)
+    ready: list[Any] = field(default_factory=list)
 
 
 _TINY = 1e-7
 """Sums of magnitudes below this are not rescaled, as in mergekit."""
 
 
-_LEAST = 1e-8
+LEAST = 1e-8
 """Sums of weights smaller than this are not divided by, as in mergekit."""
 
 
@@ -148,7 +150,7 @@ def elect(parts: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor
 def _sum(parts: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor:
     result = added(parts)
     divisor = sum(weights)
-    return result.div_(divisor) if normalize and abs(divisor) >= _LEAST else result
+    return result.div_(divisor) if normalize and abs(divisor) >= LEAST else result
 
 
 def _keep(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
@@ -205,60 +207,6 @@ def _keep_packed(parts: Tensor, bits: Any) -> None:
 
 def _no_bounds(index: int, found: Any, place: Place) -> tuple[Cut | None, Cut | None]:
     return None, None
-
-
-def _merged(
-    matrix: Any,
-    params: Params,
-    stats: Stats,
-    place: Place,
-    *,
-    bounds: Bounds,
-    bits: Any,
-    consensus: bool,
-) -> Tensor:
-    """Return what `merge` returns, by the compiled kernel.
-
-    Args:
-        matrix: base and models, as `kernels.matrix` gives them.
-        params: the method's.
-        stats: as of `merge`.
-        place: where the elements lie.
-        bounds: the sparsifier's.
-        bits: which elements are kept, packed; or None.
-        consensus: elect signs.
-    """
-    import numpy as np
-
-    from moeforge.kernels.differences import task
-
-    models, count = len(matrix) - 1, matrix.shape[1]
-    weights, divisor = params["weight"][1:], sum(params["weight"][1:])
-    divides = params["normalize"] and abs(divisor) >= _LEAST
-    borders = np.zeros((models, 2), np.int64)
-    values = np.empty((models, 2, 2), np.float32)
-    values[:, 0], values[:, 1] = -1.0, np.inf
-    sparse = False
-    for i, share in enumerate(densities(params)):
-        cuts = bounds(i, stats.found, place) if share < 1 else (None, None)
-        sparse = sparse or cuts[0] is not None
-        for which, cut in enumerate(cuts):
-            if cut is not None:
-                borders[i, which] = cut.last + 1 - place.start
-                # Up to the border an element as large as the value belongs, beyond it it does not.
-                below = np.nextafter(np.float32(cut.value), np.float32(0.0)) if cut.value else -1.0
-                values[i, which] = below, cut.value
-    kept = np.empty((0, 0), np.uint8) if bits is None else np.unpackbits(bits, 1, count)
-    out = result_of(count, place)
-    task(
-        *(matrix, borders, values, sparse, kept),
-        np.array([w * f for w, f in zip(weights, stats.factors, strict=True)], np.float32),
-        *(np.array(weights, np.float32), consensus, bool(params["normalize"])),
-        len(set(weights)) == 1,
-        np.float32(1.0 if consensus or not divides else divisor),
-        *(np.float32(params["lambda"]), kernels.matrix(out)),
-    )
-    return out
 
 
 def _nothing(params: Params, place: Place) -> Measurement:
@@ -344,7 +292,9 @@ def task_method(
         known = bits is not None or bounds is not None or min(densities(params)) >= 1
         if known and (matrix := kernels.matrix(tensors)) is not None:
             by = bounds if bits is None and bounds is not None else _no_bounds
-            return _merged(
+            from moeforge.methods._compiled import merged
+
+            return merged(
                 *(matrix, params, stats, place), bounds=by, bits=bits, consensus=consensus
             )
         parts, base = deltas(tensors), tensors[0]
