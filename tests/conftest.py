@@ -14,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one test process for each core is eno
 import pytest
 import tiny
 
+pytest_plugins = ["hub_clients"]
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):

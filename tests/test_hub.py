@@ -1,38 +1,23 @@
 """The real huggingface_hub client, in processes of its own, against a Hub in miniature.
 
-huggingface_hub reads its environment when it is imported: started as a script, this file is such a
-process, which calls the functions below for the tests.
+Started as a script, this file is such a process, see hub_clients.py.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import random
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_clients import INDEX, ONE, SHARDED, SINGLE, SMALL, TWO, Client, pack, serve, write
 from hub_server import HubServer
 
-ROOT = Path(__file__).parent.parent
 WEIGHTS = r"GET .*(safetensors|\.bin|\.gguf)$"
 SPECS = {name: ["bfloat16", [64, 320]] for name in "abcd"}
-
-
-def pack(names: str, seed: int = 0) -> bytes:
-    """Return a safetensors file with tensors of 40 kB of noise."""
-    header, data = {}, random.Random(seed).randbytes(len(names) * 40960)
-    for i, name in enumerate(names):
-        offsets = [i * 40960, (i + 1) * 40960]
-        header[name] = {"dtype": "BF16", "shape": [64, 320], "data_offsets": offsets}
-    raw = json.dumps(header).encode()
-    return len(raw).to_bytes(8, "little") + raw + data
 
 
 def header_bytes(file: bytes) -> int:
@@ -44,23 +29,6 @@ def tensor(file: bytes, index: int) -> bytes:
     return file[start : start + 40960]
 
 
-SMALL = {
-    "config.json": b'{"model_type": "llama"}',
-    "tokenizer.json": b"{}",
-    "tokenizer.model": b"pieces",
-    "chat_template.jinja": b"{{ x }}",
-    "README.md": b"---\nlicense: mit\n---\n",
-    "LICENSE": b"MIT",
-}
-ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-INDEX = json.dumps({"weight_map": {"a": ONE, "b": ONE, "c": TWO, "d": TWO}}).encode()
-SINGLE = {**SMALL, "model.safetensors": pack("abcd")}
-SHARDED = {
-    **SMALL,
-    ONE: pack("ab", 1),
-    TWO: pack("cd", 2),
-    "model.safetensors.index.json": INDEX,
-}
 CLUTTER = {
     "consolidated.safetensors": pack("abcd", 3),
     "pytorch_model.bin": b"pickle",
@@ -123,102 +91,6 @@ def fill_like_another_program(model: str) -> None:
     hf_hub_download(model, "model.safetensors")
 
 
-def serve(functions: dict[str, Any]) -> None:
-    """Answer calls, one per line of standard input, by [error type or "", result or message]."""
-    from moeforge.errors import MoeforgeError
-
-    time.sleep = lambda _: None  # between retries huggingface_hub waits for seconds
-    for line in sys.stdin:
-        name, args, options = json.loads(line)
-        try:
-            answer = ["", functions[name](*args, **options)]
-        except MoeforgeError as error:
-            answer = [type(error).__name__, str(error)]
-        print(json.dumps(answer), flush=True)
-
-
-def write(folder: Path, files: dict[str, bytes]) -> str:
-    folder.mkdir(exist_ok=True)
-    for path, data in files.items():
-        (folder / path).write_bytes(data)
-    return str(folder)
-
-
-class Client:
-    """A process with huggingface_hub in it, and an environment of its own."""
-
-    def __init__(self, env: dict[str, str], script: str = __file__) -> None:
-        command = [sys.executable, "-W", "ignore", script]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env={**env, "PYTHONPATH": str(ROOT)}, **pipes)
-
-    def answer(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-        self.process.stdin.write(json.dumps([function.__name__, args, options]) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline() or "the client crashed, see stderr")
-
-    def ask(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Return the result of a call that must work."""
-        error, result = self.answer(function, *args, **options)
-        assert not error, result
-        return result
-
-    def fails(self, function: Callable[..., Any], *args: Any, **options: Any) -> str:
-        """Return `type: message` of the moeforge error that a call must raise."""
-        error, message = self.answer(function, *args, **options)
-        assert error, message
-        return f"{error}: {message}"
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture
-def hub(server: HubServer, home: Path) -> HubServer:
-    """The server without repositories, and with it an empty cache."""
-    server.clear()
-    shutil.rmtree(home, ignore_errors=True)
-    return server
-
-
-@pytest.fixture(scope="module")
-def start(server: HubServer, home: Path) -> Iterator[Callable[..., Client]]:
-    """Return the client with given additions to its environment, started once per module."""
-    started: dict[str, Client] = {}
-
-    def start(**more: str) -> Client:
-        key = json.dumps(more)
-        if key not in started:
-            started[key] = Client(server.env(home, **more))
-        return started[key]
-
-    yield start
-    for client in started.values():
-        client.close()
-
-
-@pytest.fixture
-def client(start: Callable[..., Client]) -> Client:
-    return start()
-
-
-@pytest.fixture
-def member(start: Callable[..., Client]) -> Client:
-    """The client that is logged in."""
-    return start(token=HubServer.token)
-
-
 @pytest.fixture
 def offline(start: Callable[..., Client]) -> Client:
     return start(HF_HUB_OFFLINE="1")
@@ -227,9 +99,9 @@ def offline(start: Callable[..., Client]) -> Client:
 # Reading
 
 
-def test_planning_fetches_small_files_and_headers_only(hub: HubServer, client: Client) -> None:
+def test_planning_fetches_small_files_and_headers_only(hub: HubServer, stranger: Client) -> None:
     commit = hub.add("me/moe", {**SHARDED, **CLUTTER})
-    found = client.ask(plan, "me/moe")
+    found = stranger.ask(plan, "me/moe")
     assert found["config"] == {"model_type": "llama"}
     assert found["specs"] == SPECS
     assert found["commit"] == commit
@@ -239,47 +111,47 @@ def test_planning_fetches_small_files_and_headers_only(hub: HubServer, client: C
 
 
 def test_weights_come_with_the_first_read_and_only_once(
-    hub: HubServer, client: Client, home: Path
+    hub: HubServer, stranger: Client, home: Path
 ) -> None:
     hub.add("me/moe", {**SHARDED, **CLUTTER})
     expected = {"a": tensor(SHARDED[ONE], 0).hex(), "d": tensor(SHARDED[TWO], 1).hex()}
-    assert client.ask(fetch, "me/moe", "ad") == expected
+    assert stranger.ask(fetch, "me/moe", "ad") == expected
     headers = header_bytes(SHARDED[ONE]) + header_bytes(SHARDED[TWO])
     assert hub.sent(WEIGHTS) == len(SHARDED[ONE]) + len(SHARDED[TWO]) + headers
     assert not hub.asked("consolidated|original|onnx|bin$")
     hub.requests.clear()
-    another = Client(hub.env(home))
+    another = Client(hub.env(home), __file__)
     assert another.ask(fetch, "me/moe", "ad") == expected
     assert another.ask(plan, "me/moe")["specs"] == SPECS
     another.close()
     assert not hub.asked("/resolve/|/cdn/")
 
 
-def test_a_single_file_is_preferred_to_shards(hub: HubServer, client: Client) -> None:
+def test_a_single_file_is_preferred_to_shards(hub: HubServer, stranger: Client) -> None:
     hub.add("me/both", {**SHARDED, **SINGLE})
-    found = client.ask(fetch, "me/both", "c")
+    found = stranger.ask(fetch, "me/both", "c")
     assert found == {"c": tensor(SINGLE["model.safetensors"], 2).hex()}
     assert not hub.asked(r"/model-0000\d")
 
 
-def test_subfolder(hub: HubServer, client: Client) -> None:
+def test_subfolder(hub: HubServer, stranger: Client) -> None:
     inner = {f"deep/er/{path}": data for path, data in SHARDED.items()}
     hub.add("me/nested", {**inner, **SINGLE, "deep/er/still/config.json": b"{}"})
-    found = client.ask(plan, "me/nested", subfolder="deep/er")
+    found = stranger.ask(plan, "me/nested", subfolder="deep/er")
     assert found["specs"] == SPECS
     assert found["files"] == sorted([*SMALL, "model.safetensors.index.json"])
-    found = client.ask(fetch, "me/nested", "b", subfolder="./deep/er/")
+    found = stranger.ask(fetch, "me/nested", "b", subfolder="./deep/er/")
     assert found == {"b": tensor(SHARDED[ONE], 1).hex()}
     assert not hub.asked("[^r]/config.json|still|/model.safetensors$")
 
 
-def test_branch_and_commit_can_be_named(hub: HubServer, client: Client) -> None:
+def test_branch_and_commit_can_be_named(hub: HubServer, stranger: Client) -> None:
     old = hub.add("me/moving", SINGLE)
     hub.add("me/moving", SHARDED, branch="refs/pr/1")
     hub.add("me/moving", {**SMALL, "model.safetensors": pack("abcd", 9)})
-    found = client.ask(fetch, "me/moving", "a", revision=old)
+    found = stranger.ask(fetch, "me/moving", "a", revision=old)
     assert found == {"a": tensor(SINGLE["model.safetensors"], 0).hex()}
-    found = client.ask(fetch, "me/moving", "a", revision="refs/pr/1")
+    found = stranger.ask(fetch, "me/moving", "a", revision="refs/pr/1")
     assert found == {"a": tensor(SHARDED[ONE], 0).hex()}
 
 
@@ -291,32 +163,32 @@ def test_the_revision_is_resolved_once(hub: HubServer, member: Client) -> None:
     assert len(hub.asked("GET /api/models/me/moving(/revision/main)?$")) == 1
 
 
-def test_offline_from_the_cache(hub: HubServer, client: Client, offline: Client) -> None:
+def test_offline_from_the_cache(hub: HubServer, stranger: Client, offline: Client) -> None:
     commit = hub.add("me/moe", SHARDED)
-    client.ask(fetch, "me/moe", "ac")
+    stranger.ask(fetch, "me/moe", "ac")
     hub.requests.clear()
     expected = {"c": tensor(SHARDED[TWO], 0).hex()}
     assert offline.ask(fetch, "me/moe", "c") == expected
-    assert client.ask(fetch, "me/moe", "c", offline=True) == expected
+    assert stranger.ask(fetch, "me/moe", "c", offline=True) == expected
     assert offline.ask(fetch, "me/moe", "c", revision=commit) == expected
     assert not hub.requests
 
 
-def test_offline_with_the_cache_of_another_program(hub: HubServer, client: Client) -> None:
+def test_offline_with_the_cache_of_another_program(hub: HubServer, stranger: Client) -> None:
     hub.add("me/moe", {**SINGLE, **CLUTTER})
-    client.ask(fill_like_another_program, "me/moe")
-    assert client.ask(plan, "me/moe", offline=True)["specs"] == SPECS
+    stranger.ask(fill_like_another_program, "me/moe")
+    assert stranger.ask(plan, "me/moe", offline=True)["specs"] == SPECS
 
 
-def test_offline_without_the_files(hub: HubServer, client: Client, offline: Client) -> None:
+def test_offline_without_the_files(hub: HubServer, stranger: Client, offline: Client) -> None:
     hub.add("me/single", SINGLE)
     hub.add("me/sharded", SHARDED)
     text = "HubError: me/single: offline mode is on, and it is not in the cache\n"
     text += "    Go online once, or fetch it with `hf download`."
-    assert client.fails(plan, "me/single", offline=True) == text
+    assert stranger.fails(plan, "me/single", offline=True) == text
     assert offline.fails(plan, "me/single") == text
-    client.ask(plan, "me/single")
-    client.ask(plan, "me/sharded")
+    stranger.ask(plan, "me/single")
+    stranger.ask(plan, "me/sharded")
     hub.requests.clear()
     text = "HubError: me/single: offline mode is on, and model.safetensors is not in the cache\n"
     text += "    Go online once, or fetch it with `hf download me/single`."
@@ -337,28 +209,28 @@ def pickle_of(names: str) -> bytes:
     return file.getvalue()
 
 
-def test_pickled_weights_are_downloaded_to_be_planned(hub: HubServer, client: Client) -> None:
+def test_pickled_weights_are_downloaded_to_be_planned(hub: HubServer, stranger: Client) -> None:
     weights = pickle_of("abcd")
     hub.add("me/old", {**SMALL, "pytorch_model.bin": weights})
-    assert client.ask(plan, "me/old")["specs"] == SPECS
+    assert stranger.ask(plan, "me/old")["specs"] == SPECS
     assert hub.sent(WEIGHTS) == len(weights)
     wanted = {name: tensor(pack("abcd"), i).hex() for i, name in enumerate("abcd")}
-    assert client.ask(fetch, "me/old", "abcd") == wanted
+    assert stranger.ask(fetch, "me/old", "abcd") == wanted
     assert hub.sent(WEIGHTS) == len(weights)
 
 
-def test_modules_and_code_come_with_the_small_files(hub: HubServer, client: Client) -> None:
+def test_modules_and_code_come_with_the_small_files(hub: HubServer, stranger: Client) -> None:
     modules = b'[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "3_Normalize"}]'
     more = {"1_Pooling/config.json": b"{}", "2_Dense/model.safetensors": pack("w"), "own.py": b"x"}
     hub.add("me/encoder", {**SINGLE, **CLUTTER, **more, "modules.json": modules})
-    files = client.ask(plan, "me/encoder")["files"]
+    files = stranger.ask(plan, "me/encoder")["files"]
     assert files == sorted([*SMALL, "modules.json", "1_Pooling", "2_Dense", "own.py"])
 
 
-def test_a_server_without_ranges_is_hung_up_on(hub: HubServer, client: Client) -> None:
+def test_a_server_without_ranges_is_hung_up_on(hub: HubServer, stranger: Client) -> None:
     hub.ranges = False
     hub.add("me/moe", SHARDED)
-    assert client.ask(plan, "me/moe")["specs"] == SPECS
+    assert stranger.ask(plan, "me/moe")["specs"] == SPECS
 
 
 def test_the_token_opens_private_models_and_stays_on_the_hub(
@@ -398,16 +270,16 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         hub.fail("GET /api/models/me/forbidden/tree", 403, "your plan does not\nallow it")
         hub.add("me/good", SINGLE)
         names = [name.partition("/")[2] for name in hub.repos if name != "me/good"]
-        client = Client(hub.env(tmp_path_factory.mktemp("refused")))
-        found = {name: client.fails(plan, f"me/{name}") for name in [*names, "nowhere", "a--b"]}
+        own = Client(hub.env(tmp_path_factory.mktemp("refused")), __file__)
+        found = {name: own.fails(plan, f"me/{name}") for name in [*names, "nowhere", "a--b"]}
         for what, value in (
             ("revision", "v2"),
             ("revision", "0" * 40),
             ("subfolder", "deep"),
             ("subfolder", "../.."),
         ):
-            found[value] = client.fails(plan, "me/good", **{what: value})
-        client.close()
+            found[value] = own.fails(plan, "me/good", **{what: value})
+        own.close()
         # PyTorch's own files have no header to ask for: they are downloaded whole.
         assert [r.path for r in hub.asked(WEIGHTS) if r.sent and not r.range][1:] == []
         assert hub.sent(r"GET .*pytorch_model\.bin$") == len(b"pickle")
@@ -459,32 +331,32 @@ def test_refusals_say_what_and_what_to_do(
     assert all(part in refusals[name] for part in expected)
 
 
-def test_a_download_that_breaks(hub: HubServer, client: Client) -> None:
+def test_a_download_that_breaks(hub: HubServer, stranger: Client) -> None:
     hub.add("me/moe", SINGLE)
     hub.fail("GET /cdn/", 0)
-    text = client.fails(fetch, "me/moe", "a")
+    text = stranger.fails(fetch, "me/moe", "a")
     said = "HubError: me/moe, model.safetensors: the connection to the Hub failed ("
     assert text.startswith(said)
     assert "Check network, proxy and HF_ENDPOINT" in text
     hub.faults.clear()
-    assert client.ask(fetch, "me/moe", "a") == {"a": tensor(SINGLE["model.safetensors"], 0).hex()}
+    assert stranger.ask(fetch, "me/moe", "a") == {"a": tensor(SINGLE["model.safetensors"], 0).hex()}
 
 
 def test_no_connection(tmp_path: Path) -> None:
     with HubServer() as hub:
         hub.add("me/moe", SINGLE)
-        client = Client(hub.env(tmp_path))
-        client.ask(fetch, "me/moe", "a")
-        client.close()
-    client = Client(hub.env(tmp_path, token=hub.token))
+        own = Client(hub.env(tmp_path), __file__)
+        own.ask(fetch, "me/moe", "a")
+        own.close()
+    own = Client(hub.env(tmp_path, token=hub.token), __file__)
     said = "the connection to the Hub failed ([Errno 111] Connection refused)\n"
     said += "    Check network, proxy and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses the local cache only."
     for model in ("me/moe", "me/never-seen"):
-        assert client.fails(plan, model) == f"HubError: {model}: {said}"
-    assert client.ask(plan, "me/moe", offline=True)["specs"] == SPECS
+        assert own.fails(plan, model) == f"HubError: {model}: {said}"
+    assert own.ask(plan, "me/moe", offline=True)["specs"] == SPECS
     out = write(tmp_path / "out", SINGLE)
-    assert client.fails(send, out, "me/new") == f"HubError: pushing to me/new: {said}"
-    client.close()
+    assert own.fails(send, out, "me/new") == f"HubError: pushing to me/new: {said}"
+    own.close()
 
 
 @pytest.mark.parametrize("token", ["hf_wrongToken", "hf_wrong\x0cToken"])
@@ -503,7 +375,7 @@ def test_a_token_that_is_refused_is_not_shown(
 def test_importing_does_not_import_the_client() -> None:
     code = "import sys, moeforge.sources.hub, moeforge.output.push\n"
     code += "sys.exit('huggingface_hub' in sys.modules or 'torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What is sent to a Hub in miniature by the real client, and what becomes of it when it breaks.
 
-Started as a script, this file is a process with huggingface_hub in it, as in test_hub.py.
+Started as a script, this file is a process with huggingface_hub in it, see hub_clients.py.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ import hashlib
 import json
 import re
 import shlex
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
 from documented import hold
+from hub_clients import INDEX, ONE, SHARDED, SINGLE, TWO, Client, pack, serve, write
 from hub_server import HubServer
-from test_hub import INDEX, ONE, SHARDED, SINGLE, TWO, Client, pack, serve, write
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -61,55 +60,6 @@ def run(*arguments: str) -> Any:
 
     done = CliRunner().invoke(app, list(arguments))
     return [done.exit_code, done.stdout, done.stderr]
-
-
-# A server and clients for all tests.
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture
-def hub(server: HubServer, home: Path) -> HubServer:
-    """The server without repositories."""
-    server.clear()
-    shutil.rmtree(home, ignore_errors=True)
-    return server
-
-
-@pytest.fixture(scope="module")
-def start(server: HubServer, home: Path) -> Iterator[Callable[..., Client]]:
-    started: dict[str, Client] = {}
-
-    def start(**more: str) -> Client:
-        key = json.dumps(more)
-        if key not in started:
-            started[key] = Client(server.env(home, **more), __file__)
-        return started[key]
-
-    yield start
-    for client in started.values():
-        client.close()
-
-
-@pytest.fixture
-def member(start: Callable[..., Client]) -> Client:
-    """The client that is logged in."""
-    return start(token=HubServer.token)
-
-
-@pytest.fixture
-def stranger(start: Callable[..., Client]) -> Client:
-    """The client without a token."""
-    return start()
 
 
 @pytest.fixture
