@@ -238,6 +238,40 @@ def test_downloads_are_counted_and_none_is_made(llamas, tmp_path):
         assert hub.sent(r"GET .*safetensors$") < len(files[WEIGHTS]) / 10
 
 
+# --- every mistake at once ---------------------------------------------------------------------
+
+
+def test_values_are_checked_before_any_tensor_is_planned(llamas, tmp_path):
+    own = [{"weight": float("nan"), "density": -0.5}, {"weight": "heavy", "density": [1, 1.5]}]
+    models = [{"model": str(m), "parameters": p} for m, p in zip(llamas[1:], own, strict=True)]
+    recipe = {"merge_method": "ties", "base_model": str(llamas[0]), "models": models}
+    recipe["parameters"] = {"normalize": 2}
+    found = checking.check(written(tmp_path, recipe))
+    assert found.exit_code == 4
+    assert [(error.path[-1], error.what) for error in found.errors] == [
+        ("density", "density is the share of a difference that is kept, got -0.5"),
+        ("weight", "expected a number, got nan"),
+        ("weight", "expected a number, got 'heavy'"),
+        ("normalize", "expected true or false, got 2"),
+    ]
+    lines = [error.line for error in found.errors]
+    assert lines == sorted(lines)
+    for each in own:
+        each["weight"], each["density"] = 1, 1.5
+    recipe["parameters"] = {}
+    (warning, _) = checking.check(recipe).notes
+    assert warning.warning
+    assert warning.what.endswith("got 1.5")
+
+
+def test_names_that_are_no_models_say_what_may_be_meant(llamas, tmp_path):
+    recipe = {**linear(*llamas[:2]), "tokenizer": {"source": "unoin"}}
+    found = checking.check(recipe, offline=True)
+    assert 'unoin is taken for a model — did you mean "union"?' in [e.what for e in found.errors]
+    url = checking.check(linear("https://huggingface.co/owner/name/tree/main", llamas[0]))
+    assert [error.fix for error in url.errors] == ["Write owner/name."]
+
+
 # --- strictness ----------------------------------------------------------------------------------
 
 

@@ -277,12 +277,19 @@ def test_wrong_types_are_reported_with_their_path(llamas):
 
 
 @pytest.mark.parametrize(
-    "value", [None, [1, None], {"filter": "mlp"}, [1, {"value": 2}], {"value": 1, "filtr": "x"}]
+    ("value", "at"),
+    [
+        (None, ""),
+        ([1, None], "[1]"),
+        ({"filter": "mlp"}, ""),
+        ([1, {"value": 2}], ""),
+        ({"value": 1, "filtr": "x"}, ".filtr"),
+    ],
 )
-def test_what_is_no_setting_is_refused_at_the_door(llamas, value):
+def test_what_is_no_setting_is_refused_at_the_door(llamas, value, at):
     report = forge.check(slerp(llamas, parameters={"t": value}))
     assert report.exit_code == 2
-    assert [show_path(f.path) for f in report.errors] == ["$.parameters.t"]
+    assert [show_path(f.path) for f in report.errors] == [f"$.parameters.t{at}"]
 
 
 # --- names ---------------------------------------------------------------------------------------

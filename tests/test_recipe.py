@@ -340,14 +340,14 @@ def test_kinds_and_defaults():
     [
         ("", 0, "the recipe is empty"),
         ("# nothing\n", 0, "the recipe is empty"),
-        ("- a\n- b\n", 0, "a mapping of keys"),
-        ("just words", 0, "a mapping of keys"),
+        ("\n- a\n- b\n", 2, "a mapping of keys to values, and this is a list"),
+        ("just words", 1, "a mapping of keys"),
         ("models: [{model: x\n", 2, "not valid YAML"),
         ("a: 1\n b: 2\n", 2, "not valid YAML"),
         ("a: 1\n--- \nb: 2\n", 2, "another document"),
         ("merge_method: linear\nmodels: *nowhere\n", 2, "undefined alias"),
         ("a: 1\nb: 2\x07\n", 2, "character '\\x07'"),
-        ("a: &a [*a]", 0, "nested too deeply"),
+        ("---\n~\n", 0, "the recipe is empty"),
         ("[" * 3000, 0, "nested too deeply"),
         ("? [a, b]\n: 1\n", 1, "a key is a word"),
     ],
@@ -358,6 +358,64 @@ def test_what_is_no_yaml_mapping(text, line, said):
     assert path == "$"
     assert at == line
     assert said in what
+
+
+def test_values_that_cannot_be_made_are_placed():
+    digits = "9" * 5000
+    text = f"models: []\nseed: {digits}\nbase_model: &b\n  models: [{{model: *b}}]\n"
+    text += "dtype: 2024-13-45\n"
+    assert mistakes(text) == [
+        (
+            2,
+            "$.seed",
+            f"{digits[:30]}… is neither a number nor a date; put it in quotes if it is a text",
+        ),
+        (
+            4,
+            "$.base_model.models[0].model",
+            "the alias (*) here stands for a value that it is part of",
+        ),
+        (
+            5,
+            "$.dtype",
+            "2024-13-45 is neither a number nor a date; put it in quotes if it is a text",
+        ),
+    ]
+
+
+def test_every_mistake_in_a_parameter_is_told():
+    text = """\
+merge_method: linear
+models:
+  - model: a
+    parameters:
+      weight:
+        - {filter: mlp, valeu: 1}
+        - {filter: 3, value: [0, ~, 1]}
+        - {filter: x}
+  - model: b
+    parameters: {weight: [1, {}, 2]}
+"""
+    assert mistakes(text) == [
+        (
+            6,
+            "$.models[0].parameters.weight[0].valeu",
+            'unknown key "valeu" — did you mean "value"?',
+        ),
+        (
+            7,
+            "$.models[0].parameters.weight[1].filter",
+            "a filter is a text, got 3; put it in quotes",
+        ),
+        (7, "$.models[0].parameters.weight[1].value[1]", "expected a number, got nothing"),
+        (8, "$.models[0].parameters.weight[2]", '"value" is missing; expected filter and value'),
+        (10, "$.models[1].parameters.weight", "a list mixes numbers and filter/value entries"),
+    ]
+
+
+def test_the_kind_is_guessed_from_what_a_misspelt_key_holds():
+    said = [what for _, _, what in mistakes({"modles": [{"model": "a"}], "merge_method": "linear"})]
+    assert said == ['unknown key "modles" — did you mean "models"?']
 
 
 def test_duplicate_keys_are_refused_with_both_lines():
@@ -414,11 +472,13 @@ models:
 
 
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "latin.yml").write_bytes("a: é".encode("latin-1"))
+    (tmp_path / "latin.yml").write_bytes("a: b\nc: é".encode("latin-1"))
     for path in (tmp_path / "none.yml", tmp_path, tmp_path / "latin.yml"):
         with pytest.raises(RecipeError, match="cannot read the recipe") as caught:
             recipes.load(path)
         assert str(path) in str(caught.value)
+    assert caught.value.findings[0].line == 2
+    assert "the byte 0xe9 is not UTF-8" in str(caught.value)
 
 
 # --- recipes as dicts ----------------------------------------------------------------------------

@@ -13,7 +13,14 @@ from moeforge.planners.align import Vocabulary, is_vocabulary
 from moeforge.planners.model import Findings, Model, listing
 from moeforge.planners.vocab import mismatch
 from moeforge.plans import Expr, Merge, PlannedTensor, Same
-from moeforge.recipe.parameters import ParameterError, Scope, resolve, unused_filters
+from moeforge.recipe.parameters import (
+    ParameterError,
+    Scope,
+    Setting,
+    coerce,
+    resolve,
+    unused_filters,
+)
 from moeforge.tensors import BY_NAME, TensorSpec, promote
 
 Seed = tuple[int, ...]
@@ -80,7 +87,10 @@ class Combiner:
                 if name not in known:
                     hint = nearest(name, known) or f" Known: {', '.join(sorted(known))}."
                     self.findings.error(f'unknown parameter "{name}"{hint}', path=path)
-                elif name not in self.method.params:
+                    continue
+                if name in self.method.params:
+                    self._check_values(name, scope.settings[name], path)
+                if name not in self.method.params:
                     self.notes.error(
                         f'method {self.word} has no parameter "{name}"; it is unused', path=path
                     )
@@ -89,6 +99,23 @@ class Combiner:
                 elif per_input and self.method.params[name].scope == "shared":
                     what = f'"{name}" is one value for all inputs of {self.word}; it is unused here'
                     self.notes.error(what, "Move it to the parameters of the merge.", path)
+
+    def _check_values(self, name: str, setting: Setting, path: Path) -> None:
+        """Report values of another type than the method declares, and shares that are none."""
+        kind = self.method.params[name].kind
+        for condition in setting:
+            values = condition.value
+            for value in values if isinstance(values, tuple) else (values,):
+                try:
+                    number = coerce(value, kind)
+                except ParameterError as error:
+                    self.findings.error(str(error), path=path)
+                    continue
+                if name == "density" and not 0 <= float(number) <= 1:
+                    what = f"density is the share of a difference that is kept, got {value}"
+                    # mergekit takes more than 1 for 1, and so do all methods here.
+                    report = self.findings.error if float(number) < 0 else self.notes.warn
+                    report(what, "Give a number from 0 to 1; 1 keeps all.", path)
 
     def check_inputs(self, count: int, base: int | None, path: Path) -> None:
         """Report too few or too many inputs, and a missing base."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moeforge.errors import MoeforgeError, Path
+from moeforge.errors import MoeforgeError, Path, nearest
 from moeforge.planners.align import Choice, Rows, Vocabulary, is_vocabulary, rows
 from moeforge.planners.chat import chosen_template
 from moeforge.planners.model import Findings, Model, listing
@@ -236,7 +236,10 @@ def plan_vocabulary(
     owner: Model | None = base
     if settings.source not in ("union", "base"):
         known = [model for entry, model in inputs if entry == settings.source]
-        owner = known[0] if known else resolve(settings.source, (*path, "tokenizer", "source"))
+        here = (*path, "tokenizer", "source")
+        owner = known[0] if known else resolve(settings.source, here)
+        if owner is None and (hint := nearest(str(settings.source), ("base", "union"))):
+            findings.error(f"{settings.source} is taken for a model{hint}", path=here)
     tokenizers = planning.tokenizers(owner) if owner else None
     if owner is None or tokenizers is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,8 +88,9 @@ class LoadedRecipe:
     commits: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, findings: Iterable[Finding]) -> tuple[Finding, ...]:
-        """Return `findings` with the lines of the recipe they speak about."""
-        return tuple(self.document.place(finding) for finding in findings)
+        """Return `findings` with the lines of the recipe they speak about, in their order."""
+        placed = map(self.document.place, findings)
+        return tuple(sorted(placed, key=lambda finding: finding.line or math.inf))
 
     def find(self, path: str) -> Path:
         """Return the file that a relative `path` means: beside the recipe, else from here."""
@@ -122,8 +124,13 @@ def load(recipe: str | Path | dict[str, Any]) -> LoadedRecipe:
         path = Path(recipe)
         try:
             text = read_text(path, most=_MOST)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            odd = f"the byte {error.object[error.start]:#04x} is not UTF-8"
+            what = f"cannot read the recipe {path}: {odd}"
+            raise RecipeError(Finding(what, "Save it as UTF-8.", line=line)) from None
+        except OSError as error:
+            reason = error.strerror or error
             raise RecipeError(Finding(f"cannot read the recipe {path}: {reason}")) from None
         folder, stem = path.parent, path.stem
     parsed = document.parse(text)

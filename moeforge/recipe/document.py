@@ -14,6 +14,7 @@ _MAX_NODES = 200_000
 """Values a document may expand to; aliases of aliases would otherwise fill the memory."""
 
 _TAG = "tag:yaml.org,2002:"
+_BEGIN = "`moeforge new` writes a recipe to begin with."
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class _Reader:
         self.lines: dict[Path, int] = {}
         self.findings: list[Finding] = []
         self.count = 0
+        self._open: list[yaml.Node] = []
         self._pairs: dict[yaml.Node, Pairs] = {}
 
     def read(self, node: yaml.Node, path: Path) -> Any:
@@ -59,15 +61,32 @@ class _Reader:
             raise RecipeError(Finding(f"the recipe expands to more than {_MAX_NODES} values"))
         self.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.ScalarNode):
-            return self.loader.construct_object(node)
+            return self.read_scalar(node, path)
         kind = "map" if isinstance(node, yaml.MappingNode) else "seq"
         if node.tag != _TAG + kind:
             tag, line = node.tag.replace(_TAG, "!!"), node.start_mark.line + 1
             self.findings.append(Finding(f"the tag {tag} has no place in a recipe", "", path, line))
             return None
-        if isinstance(node, yaml.MappingNode):
-            return self.read_mapping(node, path)
-        return [self.read(item, (*path, i)) for i, item in enumerate(node.value)]
+        if node in self._open:
+            what = "the alias (*) here stands for a value that it is part of"
+            self.findings.append(Finding(what, path=path, line=self.lines[path]))
+            return None
+        self._open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self.read_mapping(node, path)
+            return [self.read(item, (*path, i)) for i, item in enumerate(node.value)]
+        finally:
+            self._open.pop()
+
+    def read_scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except ValueError:  # a number of thousands of digits, 2024-13-45
+            shown = node.value if len(node.value) <= 30 else f"{node.value[:30]}…"
+            what = f"{shown} is neither a number nor a date; put it in quotes if it is a text"
+            self.findings.append(Finding(what, path=path, line=node.start_mark.line + 1))
+            return None
 
     def read_mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
@@ -119,7 +138,7 @@ def parse(text: str) -> Document:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
-            raise RecipeError(Finding("the recipe is empty"))
+            raise RecipeError(Finding("the recipe is empty", _BEGIN))
         reader = _Reader(loader)
         data = reader.read(node, ())
     except yaml.MarkedYAMLError as error:
@@ -139,8 +158,12 @@ def parse(text: str) -> Document:
             loader.dispose()
     if reader.findings:
         raise RecipeError(*sorted(reader.findings, key=lambda finding: finding.line))
+    if data is None:
+        raise RecipeError(Finding("the recipe is empty", _BEGIN))
     if not isinstance(data, dict):
-        raise RecipeError(Finding("a recipe is a mapping of keys to values"))
+        kind = "a list" if isinstance(data, list) else "a single value"
+        what = f"a recipe is a mapping of keys to values, and this is {kind}"
+        raise RecipeError(Finding(what, _BEGIN, line=reader.lines[()]))
     return Document(text, data, reader.lines)
 
 

@@ -38,7 +38,11 @@ def parse_kind(data: dict[str, Any]) -> Recipe:
     if not present:
         # Guess the kind from a misspelt key, so that the message can name the right word.
         fields = {name for kind in KINDS.values() for name in kind.model_fields}
-        present = [found for key in data if key not in fields and (found := closest(key, KINDS))]
+        present = [
+            found
+            for key, value in data.items()
+            if key not in fields and (found := closest(key, _like(value)))
+        ]
     if len(present) == 1:
         return KINDS[present[0]].model_validate(data)
     got = f"got {' and '.join(present)}" if present else "got none of them"
@@ -46,6 +50,12 @@ def parse_kind(data: dict[str, Any]) -> Recipe:
     raise ValidationError.from_exception_data(
         "Recipe", [{"type": wrong(message), "loc": (), "input": None}]
     )
+
+
+def _like(value: Any) -> list[str]:
+    """Return the keys of KINDS that may have such a value: a mapping, or a list."""
+    mappings = {"modules", "extract", "regroup"}
+    return [key for key in KINDS if (key in mappings) == isinstance(value, dict)]
 
 
 def parse_inline(data: dict[str, Any]) -> Recipe:

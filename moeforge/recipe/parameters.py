@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ValidationError
+from pydantic_core import InitErrorDetails
 
-from moeforge.errors import Path
+from moeforge.errors import Path, closest, nearest
 from moeforge.recipe.strict import show, wrong
 
 Scalar = bool | int | float | str
@@ -38,39 +39,60 @@ Setting = tuple[Condition, ...]
 """What one parameter is set to in one scope; the first condition that matches counts."""
 
 
-def _scalar(value: Any) -> Scalar:
+Problems = list[InitErrorDetails]
+
+
+def _report(problems: Problems, path: Path, message: str) -> None:
+    problems.append({"type": wrong(message), "loc": path, "input": None})
+
+
+def _value(value: Any, path: Path, problems: Problems) -> Scalar | tuple[Scalar, ...]:
+    if isinstance(value, (list, tuple)):
+        return tuple(_scalar(each, (*path, i), problems) for i, each in enumerate(value))
+    return _scalar(value, path, problems)
+
+
+def _scalar(value: Any, path: Path, problems: Problems) -> Scalar:
     if isinstance(value, (bool, int, float, str)):
         return value
-    raise wrong(f"expected a number, got {show(value)}")
+    _report(problems, path, f"expected a number, got {show(value)}")
+    return 0
 
 
-def _value(value: Any) -> Scalar | tuple[Scalar, ...]:
-    return tuple(map(_scalar, value)) if isinstance(value, (list, tuple)) else _scalar(value)
-
-
-def _condition(entry: dict[str, Any]) -> Condition:
-    extra = sorted(set(entry) - {"value", "filter"})
-    if extra or "value" not in entry:
-        said = f'unknown key "{extra[0]}"' if extra else '"value" is missing'
-        raise wrong(f"{said}; expected filter and value")
+def _condition(entry: dict[str, Any], path: Path, problems: Problems) -> Condition:
+    known = ("filter", "value")
+    for key in entry:
+        if key not in known:
+            hint = nearest(str(key), known) or "; expected filter and value"
+            _report(problems, (*path, key), f'unknown key "{key}"{hint}')
+    if "value" not in entry and "value" not in {closest(str(key), known) for key in entry}:
+        _report(problems, path, '"value" is missing; expected filter and value')
     name_filter = entry.get("filter")
     if name_filter is not None and not isinstance(name_filter, str):
-        raise wrong(f"a filter is a text, got {show(name_filter)}; put it in quotes")
-    return Condition(_value(entry["value"]), name_filter)
+        said = f"a filter is a text, got {show(name_filter)}; put it in quotes"
+        _report(problems, (*path, "filter"), said)
+    value = _value(entry["value"], (*path, "value"), problems) if "value" in entry else 0
+    return Condition(value, name_filter)
 
 
 def _setting(value: Any) -> Setting:
     if isinstance(value, tuple) and all(isinstance(item, Condition) for item in value):
         return value
+    problems: Problems = []
+    setting: Setting
     if isinstance(value, dict):
-        return (_condition(value),)
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        setting = (_condition(value, (), problems),)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         if not all(isinstance(item, dict) for item in value):
             raise wrong("a list mixes numbers and filter/value entries")
-        return tuple(_condition(item) for item in value)
-    if isinstance(value, list) and not value:
-        return ()
-    return (Condition(_value(value)),)
+        setting = tuple(_condition(item, (i,), problems) for i, item in enumerate(value))
+    elif isinstance(value, list) and not value:
+        setting = ()
+    else:
+        setting = (Condition(_value(value, (), problems)),)
+    if problems:
+        raise ValidationError.from_exception_data("parameters", problems)
+    return setting
 
 
 Parameters = dict[str, Annotated[Any, BeforeValidator(_setting)]]

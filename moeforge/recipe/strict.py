@@ -6,6 +6,7 @@ Knows pydantic; knows no key of any recipe.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from pydantic import (
@@ -90,6 +91,8 @@ def _keys(cls: type[BaseModel]) -> str:
 def show(value: Any) -> str:
     """Return `value` for a message: short, and None as people say it."""
     text = "nothing" if value is None else repr(value)
+    if isinstance(value, date):  # YAML makes one of 2024-01-01
+        text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
@@ -102,6 +105,8 @@ _EXPECTED = {
     "int_parsing": "a whole number",
     "int_parsing_size": "a whole number",
     "int_from_float": "a whole number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
     "float_type": "a number",
     "float_parsing": "a number",
     "finite_number": "a number",
@@ -131,7 +136,7 @@ def _details(error: ValidationError, meant: set[str | None]) -> list[InitErrorDe
         elif kind != "recipe":
             expected = _EXPECTED.get(kind, message).format(**item.get("ctx", {}))
             message = f"expected {expected}, got {show(value)}"
-            if kind == "string_type" and not isinstance(value, (dict, list)):
+            if kind == "string_type" and not isinstance(value, (dict, list, type(None))):
                 message += "; put it in quotes"
         details.append({"type": wrong(message), "loc": item["loc"], "input": None})
     return details

@@ -95,6 +95,7 @@ def lies(source: Source, name: str) -> FileSpan | None:
     return coming.span(name) if coming else source.locate(name)
 
 
+_HUB_URL = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -169,7 +170,9 @@ def find(
     if not _HUB_ID.fullmatch(name):
         looked = " and ".join(str(p) for p in dict.fromkeys((beside.resolve(), Path.cwd())))
         what = f"{kind}{name} does not exist (looked in {looked}), and it is not a Hub id"
-        raise SourceError(Finding(what, "Correct the path."))
+        url = _HUB_URL.match(name)
+        fix = f"Write {url[1]}." if url else "Correct the path."
+        raise SourceError(Finding(what, fix))
     try:
         return remote()
     except HubError as error:
