@@ -12,7 +12,8 @@ from moeforge.engine.evaluate import Evaluator
 from moeforge.engine.pool import Pool
 from moeforge.errors import BuildError
 from moeforge.methods import Method, _counted, _select
-from moeforge.methods._select import NONE, Cut, cuts
+from moeforge.methods._cut import NONE, Cut
+from moeforge.methods._select import cuts
 from moeforge.plans import Merge, Plan, PlannedTensor, Read
 from moeforge.sources.memory import MemorySource
 from moeforge.tensors import BY_NAME, TensorSpec

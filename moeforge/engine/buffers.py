@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,10 +29,16 @@ class Buffer:
         else:
             self.memory = memoryview(mmap.mmap(-1, max(nbytes, 1)))
             self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self._seen: tuple[Any, ...] = ()
 
     def tensor(self, dtype: torch.dtype, count: int, first: int = 0) -> Tensor:
         """Return `count` elements from byte `first` on as `dtype`."""
-        return self.bytes[first : first + count * dtype.itemsize].view(dtype)
+        # Slice after slice asks for the same, and torch takes microseconds for it.
+        if self._seen[1:] != (dtype, count, first):
+            part = self.bytes[first : first + count * dtype.itemsize].view(dtype)
+            self._seen = (part, dtype, count, first)
+        seen: Tensor = self._seen[0]
+        return seen
 
     def view(self, nbytes: int, first: int = 0) -> memoryview:
         """Return `nbytes` bytes from byte `first` on."""

@@ -181,7 +181,7 @@ def tallies(matrix: Any, which: Any, limits: Any, room: Any, found: Any) -> None
         matrix: base and models.
         which: int64 [brackets], ascending: the row that each is for.
         limits: float32 [brackets, 4]: `first`, from which on magnitudes are collected, `stop`,
-            below which they are, and two values.
+            below which they are, and two values, or NaN.
         room: float32 [brackets, elements + ROOM], for what is collected.
         found: int64 [brackets, 4], for how many are `stop` or more, how many are equal to the first
             and to the second of the two values, and how many were collected.
@@ -198,8 +198,10 @@ def tallies(matrix: Any, which: Any, limits: Any, room: Any, found: Any) -> None
                 _absolute_difference(matrix[which[i], start:end], base, row)
             first, stop, low, high = limits[i]
             found[i, 0] += _reaching(row, stop)
-            found[i, 1] += _equal(row, low)
-            found[i, 2] += _equal(row, high)
+            if low == low:
+                found[i, 1] += _equal(row, low)
+            if high == high:
+                found[i, 2] += _equal(row, high)
             if first < stop:
                 width = np.uint32(borders[i, 1] - borders[i, 0])
                 here = bits[1, : end - start]

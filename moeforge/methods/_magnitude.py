@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
 from moeforge.methods import Measurement, Params, Place
-from moeforge.methods._select import Cut, cuts
+from moeforge.methods._cut import Cut
+from moeforge.methods._select import cuts
 from moeforge.methods._task import deltas, densities
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moeforge import kernels
 from moeforge.methods import CHUNK, RUN, Measurement, Place, Scan
 from moeforge.methods._counted import (
     RESOLUTION,
@@ -27,6 +27,7 @@ from moeforge.methods._counted import (
     limit,
     merge,
 )
+from moeforge.methods._cut import NONE, Cut
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +36,9 @@ SMALL = 2**18
 """Elements up to which a tensor's magnitudes are simply held and sorted."""
 _SIGMAS, _WIDEST = 3.5, 0.04
 """Half the bracket's width in standard errors of the sample; and at most, in share of elements."""
-_MANY = 0.005
-"""Share of the elements from which on it is faster to count them than to collect them."""
+_MANY = {False: 0.005, True: 0.03}
+"""Share of the elements from which on it is faster to count them than to collect them; compiled,
+which collects without a branch, or not."""
 _MOST = 0.25
 """Share of a slice that is collected, of which only the distinct values are held."""
 _HELD = 2**21
@@ -47,54 +49,15 @@ Magnitudes = Callable[["Tensor", Place], "Tensor"]
 negative."""
 
 
-@dataclass(frozen=True)
-class Cut:
-    """The k elements of greatest magnitude: those above `value`, those equal to it up to `last`.
-
-    Attributes:
-        value: the k-th largest magnitude.
-        last: number of the last element of magnitude `value` that belongs to them.
-    """
-
-    value: float
-    last: int
-
-    def __call__(self, magnitudes: Tensor, start: int) -> Tensor:
-        """Return 1 for elements that belong and 0 for others, in the dtype of `magnitudes`."""
-        import torch
-
-        # Comparisons into floats: several times faster than through bools.
-        kept = torch.empty_like(magnitudes)
-        border = min(max(self.last + 1 - start, 0), magnitudes.numel())
-        torch.ge(magnitudes[:border], self.value, out=kept[:border])
-        torch.gt(magnitudes[border:], self.value, out=kept[border:])
-        return kept
-
-    def trim(self, values: Tensor, start: int) -> None:
-        """Set the elements of `values` whose magnitude does not belong to zero."""
-        import numpy as np
-        import torch
-
-        border = min(max(self.last + 1 - start, 0), values.numel())
-        kind = np.float32 if values.dtype == torch.float32 else np.float64
-        below = float(np.nextafter(kind(self.value), kind(0)))
-        # Each keeps what lies strictly beyond its bound, on both sides, in one pass.
-        if border and self.value:
-            torch.ops.aten.hardshrink.out(values[:border], below, out=values[:border])
-        if border < values.numel():
-            torch.ops.aten.hardshrink.out(values[border:], self.value, out=values[border:])
-
-
 _NOT_FINITE = "the inputs hold infinite values or NaN"
-NONE = Cut(math.inf, -1)
-"""Keeps nothing."""
 
 
 Tally = Callable[["Tensor", Sequence[int], Any], Any]
 """Compiled counting: (tensors, quantities, limits), where there is an open threshold for each of
-`quantities` and for each of these one line of `limits`, float32 `Limits`. Returns, for each, how
-many elements are `stop` or more, and how many are `low` and `high`; and an array of those from
-`first` on and below `stop`. Or None, where the tensors are not for compiled arithmetic."""
+`quantities` and for each of these one line of `limits`, the first four of `Limits` in float32.
+Returns, for each, how many elements are `stop` or more, and how many are `low` and `high`, where
+these are not NaN; and an array of those from `first` on and below `stop`. Or None, where tensors
+are not for compiled arithmetic."""
 
 
 class _Target:
@@ -157,7 +120,8 @@ class _Target:
         self._low = float(low) if rank + margin < values.size else 0.0
         self._high = float(high) if rank - margin > 0 else math.inf
         # Where inputs have few bits, much may be equal to an end: that is counted, not collected.
-        often = [np.count_nonzero(values == end) > _MANY * values.size for end in (low, high)]
+        many = _MANY[kernels.loaded()] * values.size
+        often = [np.count_nonzero(values == end) > many for end in (low, high)]
         self._many = bool(often[0] and self._low > 0.0), bool(often[1] and self._high < math.inf)
 
     def limits(self, kind: Any) -> Limits:
@@ -172,6 +136,14 @@ class _Target:
         lowest, highest = bits(ends).tolist()
         spare = max((highest - lowest).bit_length() - RESOLUTION, 0)
         return Limits(first, ends[1] if self._many[1] else inner[1], ends[0], ends[1], spare)
+
+    def asked(self, limits: Limits) -> Any:
+        """Return a line for `Tally`."""
+        import numpy as np
+
+        line = np.array(limits[:4], np.float32)
+        line[2:][np.logical_not(self._many)] = np.nan
+        return line
 
     def count(self, values: Any, start: int) -> Counted:
         """Count the elements above the bracket, and collect those inside."""
@@ -331,11 +303,18 @@ def cuts(
         wanting = [target for target in targets if target.cut is None]
         limits = [target.limits(np.float32) for target in wanting]
         quantities = [target.quantity for target in wanting]
-        lines = np.array([line[:4] for line in limits], np.float32)
+        lines = np.array([t.asked(line) for t, line in zip(wanting, limits, strict=True)])
         nothing = np.zeros(0, np.float32)
 
         def count(tensors: Tensor, here: Place) -> list[Any] | None:
-            if tally is None or (counts := tally(tensors, quantities, lines)) is None:
+            counts = None
+            if tensors.device.type == "cuda" and tensors.element_size() == 4:
+                from moeforge.methods._gpu import tally as tally_there
+
+                counts = tally_there(magnitudes(tensors, here), quantities, lines)
+            elif tally is not None:
+                counts = tally(tensors, quantities, lines)
+            if counts is None:
                 return None
             start, size, found = here.start, tensors.shape[1], zip(limits, *counts, strict=True)
             return [

@@ -28,7 +28,7 @@ from moeforge.methods._sums import absolute, add_up, blocks
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moeforge.methods._select import Cut
+    from moeforge.methods._cut import Cut
 
 Sparsify = Callable[[int, "Tensor", Params, Any, Place], None]
 """(index among the models that are not the base, delta, params, what `find` returned, place): sets

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
 from moeforge.methods import Measurement, Method, Param, Params, Place, Scan
-from moeforge.methods._select import Cut, cuts
+from moeforge.methods._cut import Cut
+from moeforge.methods._select import cuts
 from moeforge.methods._sums import blocks, total
 from moeforge.methods._task import FEW, deltas, majority, summed
 

@@ -30,7 +30,8 @@ def _sums(tensors: Tensor, place: Place) -> list[tuple[float, ...]]:
         a, b = tensors
         sums = block_sums(torch.stack([a * a, b * b, a * b]))
         return [tuple(block) for block in sums.T.tolist()]
-    found = blocks(tensors.float() if tensors.element_size() == 2 else tensors)
+    # Widened block by block: that stays in the second-level cache.
+    found = (block.float() if block.element_size() == 2 else block for block in blocks(tensors))
     return [(float(a.dot(a)), float(b.dot(b)), float(a.dot(b))) for a, b in found]
 
 
