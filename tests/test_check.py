@@ -249,7 +249,7 @@ def test_values_are_checked_before_any_tensor_is_planned(llamas, tmp_path):
     found = checking.check(written(tmp_path, recipe))
     assert found.exit_code == 4
     assert [(error.path[-1], error.what) for error in found.errors] == [
-        ("density", "density is the share of a difference that is kept, got -0.5"),
+        ("density", "density is a share of a tensor's elements, got -0.5"),
         ("weight", "expected a number, got nan"),
         ("weight", "expected a number, got 'heavy'"),
         ("normalize", "expected true or false, got 2"),

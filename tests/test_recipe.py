@@ -360,6 +360,26 @@ def test_what_is_no_yaml_mapping(text, line, said):
     assert said in what
 
 
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("models:\n\t- a\n", "Indent with spaces, not with tabs."),
+        ("merge_method:linear\nmodels: []\n", "A key's colon needs a space behind it"),
+        ("a:\n - b: 1\n  - c\n", "Entries of one list or mapping are indented alike."),
+        ("a: 'linear\n", "A quote or bracket is not closed."),
+    ],
+)
+def test_common_mistakes_in_yaml_say_what_to_do(text, fix):
+    with pytest.raises(RecipeError, match="not valid YAML") as caught:
+        load(text)
+    assert caught.value.findings[0].fix.startswith(fix)
+
+
+def test_long_words_are_shortened():
+    ((_, _, what),) = mistakes({"merge_method": "x" * 100_000, "models": [{"model": "a"}]})
+    assert what.startswith(f'unknown merge method "{"x" * 57}…". Known: ')
+
+
 def test_values_that_cannot_be_made_are_placed():
     digits = "9" * 5000
     text = f"models: []\nseed: {digits}\nbase_model: &b\n  models: [{{model: *b}}]\n"

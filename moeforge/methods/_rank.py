@@ -26,7 +26,7 @@ def check(params: Params) -> str:
     """Refuse probabilities outside of 0 to 1."""
     for density, epsilon in zip(densities(params), params["epsilon"][1:], strict=True):
         if 0 < density < 1 and not (epsilon < density < 1 - epsilon):
-            return f"density ± epsilon must lie between 0 and 1, here {density} ± {epsilon}"
+            return f"density ± epsilon must be above 0 and below 1, here {density} ± {epsilon}"
     return ""
 
 

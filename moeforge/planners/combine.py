@@ -27,6 +27,8 @@ Seed = tuple[int, ...]
 """Seed of the outermost recipe that gives one, and the number of the inline recipe below it."""
 _WITHOUT_NOTE = {"int8_mask"}
 """Without effect by design: it is about memory only, and every second recipe has it."""
+_SHARES = {"density", "gamma", "select_topk"}
+"""Parameters that say how many of a tensor's elements are meant, as a share of all."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,11 @@ class Combiner:
                 except ParameterError as error:
                     self.findings.error(str(error), path=path)
                     continue
-                if name == "density" and not 0 <= float(number) <= 1:
-                    what = f"density is the share of a difference that is kept, got {value}"
+                if name in _SHARES and not 0 <= float(number) <= 1:
+                    what = f"{name} is a share of a tensor's elements, got {value}"
                     # mergekit takes more than 1 for 1, and so do all methods here.
                     report = self.findings.error if float(number) < 0 else self.notes.warn
-                    report(what, "Give a number from 0 to 1; 1 keeps all.", path)
+                    report(what, "Give a number from 0 to 1.", path)
 
     def check_inputs(self, count: int, base: int | None, path: Path) -> None:
         """Report too few or too many inputs, and a missing base."""

@@ -15,6 +15,16 @@ _MAX_NODES = 200_000
 
 _TAG = "tag:yaml.org,2002:"
 _BEGIN = "`moeforge new` writes a recipe to begin with."
+_FIXES = {
+    "'\\t'": "Indent with spaces, not with tabs.",
+    "mapping values are not allowed": (
+        "A key's colon needs a space behind it, and a text with a colon and a space quotes."
+    ),
+    "<block end>": "Entries of one list or mapping are indented alike.",
+    "unexpected end of stream": "A quote or bracket is not closed.",
+    "another document": "A recipe is one document: remove the line ---.",
+}
+"""What helps with a mistake in YAML, by words of its message."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,8 @@ def parse(text: str) -> Document:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         what = f"not valid YAML: {error.problem or error}"
-        raise RecipeError(Finding(what, line=line)) from None
+        fix = next((fix for word, fix in _FIXES.items() if word in what), "")
+        raise RecipeError(Finding(what, fix, line=line)) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         what = f"not valid YAML: it has the character {chr(error.character)!r}"
@@ -199,4 +210,5 @@ def dump(data: dict[str, Any]) -> str:
 
 def unknown(kind: str, word: str, known: tuple[str, ...]) -> str:
     """Say that `word` is no `kind`, with the nearest known one and the whole list."""
+    word = word if len(word) <= 60 else f"{word[:57]}…"
     return f'unknown {kind} "{word}"{nearest(word, known) or "."} Known: {", ".join(known)}.'
