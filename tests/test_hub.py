@@ -353,6 +353,9 @@ def test_no_connection(tmp_path: Path) -> None:
     said += "    Check network, proxy and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses the local cache only."
     for model in ("me/moe", "me/never-seen"):
         assert own.fails(plan, model) == f"HubError: {model}: {said}"
+    text = own.fails(plan, "nowhere")
+    assert text.startswith("HubError: nowhere: the connection to the Hub failed")
+    assert "; and no folder nowhere is here" in text
     assert own.ask(plan, "me/moe", offline=True)["specs"] == SPECS
     out = write(tmp_path / "out", SINGLE)
     assert own.fails(send, out, "me/new") == f"HubError: pushing to me/new: {said}"

@@ -384,6 +384,9 @@ def test_dry_run_says_what_a_push_would_do(
     hub.add("me/new", SHARDED)
     _, text, _ = member.ask(run, *command)
     assert text.splitlines()[-1] == "me/new has all of it, on the branch main."
+    code, text, told = member.ask(run, *command[:-1])
+    assert (code, text) == (0, f"{hub.url}/me/new\n")
+    assert "me/new has all of it already: no commit was made" in told
 
 
 def test_build_and_push(hub: HubServer, member: Client, llamas: Any, tmp_path: Path) -> None:

@@ -359,8 +359,11 @@ def test_noise_follows_from_the_number_of_the_element():
         (["extract", "MOE", "--expert", "3"], "Valid: 0 to 2"),
         (
             ["extract", "MOE", "--expert", "0", "--as", "qwen2"],
-            "qwen2 is not one of llama, mistral",
+            "makes no qwen2 model Take llama or mistral",
         ),
+        (["experts", "MOE"], "nothing about the experts"),
+        (["experts", "DENSE", "--drop", "0"], "`moeforge upcycle` makes one of a dense model"),
+        (["extract", "DENSE", "--expert", "0"], "`moeforge upcycle` makes one of a dense model"),
         (["experts", "MOE", "--keep", "0"], "lower experts_per_token to 1"),
         (["experts", "MOE", "--drop", "0,1,2"], "no expert is left"),
         (["experts", "MOE", "--drop", "4"], "there is no expert 4"),
@@ -371,7 +374,8 @@ def test_noise_follows_from_the_number_of_the_element():
     ],
 )
 def test_mistakes_are_said_before_anything_is_written(arguments, words, moe, tmp_path):
-    given = [str(moe[0]) if word == "MOE" else word for word in arguments]
+    named = {"MOE": str(moe[0]), "DENSE": str(moe[1][0])}
+    given = [named.get(word, word) for word in arguments]
     done = CliRunner().invoke(app, [*given, "-o", str(tmp_path / "out")])
     assert done.exit_code == 4
     assert words in " ".join(done.output.split())

@@ -10,7 +10,7 @@ from typing import Any
 
 from method_examples import SWEEP, Case, Values, differences, merged, polar
 
-_MODELS = ("#4e8ac8", "#f28e2b", "#59a14f")
+_MODELS = ("#2f7fe0", "#f28e2b", "#59a14f")
 _RESULT = "#c2329b"
 _LINES = "#8a8a8a"
 """Seen on white and on black alike."""
@@ -121,7 +121,7 @@ def _plane(
             others = inputs[1:] if based else inputs
             origin = inputs[0] if based and name != "slerp" else (0.0, 0.0)
             if based:
-                _arrow(axes, (0.0, 0.0), inputs[0], _LINES, "base")
+                _arrow(axes, (0.0, 0.0), inputs[0], _LINES, "base", "--")
             for i, vector in enumerate(others):
                 _arrow(axes, origin, vector, _MODELS[i], f"model {i + 1}")
             if straight:
@@ -140,10 +140,11 @@ def _plane(
     return [Case(name, inputs, params, based) for params in sweep], draw
 
 
-def _arrow(axes: Any, start: Values, end: Values, color: str, label: str) -> None:
-    style = {"arrowstyle": "-|>", "color": color, "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0}
+def _arrow(axes: Any, start: Values, end: Values, color: str, label: str, line: str = "-") -> None:
+    shaft = {"color": color, "linestyle": line}
+    style = {"arrowstyle": "-|>", "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0, **shaft}
     axes.annotate("", end, start, arrowprops=style)
-    axes.plot(*zip(start, end, strict=True), color=color, linewidth=1.2, label=label)
+    axes.plot(*zip(start, end, strict=True), linewidth=1.2, label=label, **shaft)
 
 
 # --- one number against another ------------------------------------------------------------------

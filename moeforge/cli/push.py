@@ -65,6 +65,8 @@ def push(
             if as_json:
                 print_json(made.as_data())
             else:
+                if not (ready.state.add or ready.state.remove):
+                    note(Finding(f"{repo} has all of it already: no commit was made"))
                 print(made.url)
             return
         if as_json:

@@ -68,6 +68,12 @@ def plan_extract(
         what = f"{mixed.model.label} has {mixed.experts} experts, and {number} is asked for"
         findings.error(what, f"Valid: 0 to {mixed.experts - 1}.", (*path, "expert"))
         return None
+    types = [dense.model_type for dense in DENSE.get(mixed.family.model_type, ())]
+    if asked.model_type and types and asked.model_type not in types:
+        what = f"an expert of {mixed.model.label} makes no {asked.model_type} model"
+        fix = f"Take {' or '.join(types)}, or leave it out (--as)."
+        findings.error(what, fix, (*path, "model_type"))
+        return None
     try:
         reason = _refusal(mixed)
         shared = _shared_does_something(mixed)
@@ -129,8 +135,7 @@ def _choose(mixed: Unmixed, asked: str | None) -> tuple[Dense | None, str]:
         if not reason:
             return dense, ""
         against.append(f"{dense.model_type}: {reason}")
-    names = ", ".join(dense.model_type for dense in known)
-    return None, "; ".join(against) or f"{asked} is not one of {names}"
+    return None, "; ".join(against)
 
 
 def _not_ones(mixed: Unmixed, dense: Dense) -> str:

@@ -77,7 +77,7 @@ def _possible(mixed: Unmixed, experts: int, per_token: int, findings: Findings, 
     """Say whether the architecture can have so many experts; report why not."""
     before, config = len(findings), mixed.config
     if per_token > experts:
-        what = f"each token passes through {per_token} experts, and {experts} are kept"
+        what = f"each token passes through {per_token} experts, and only {experts} stay"
         fix = f"Keep more, or lower experts_per_token to {experts} or less (--top-k)."
         findings.error(what, fix, path)
     groups = config.get("n_group") or 1

@@ -137,9 +137,11 @@ def unmixed(model: Model, findings: Findings, path: Path) -> Unmixed | None:
     """Return the parts of a mixture; None after reporting why they cannot be told."""
     kind = str(model.config.get("model_type", "without model_type"))
     if kind not in catalog.names("families"):
-        known = ", ".join(catalog.names("families"))
+        fix = f"Give one of these: {', '.join(catalog.names('families'))}."
+        if families.candidates(kind):
+            fix = "Give a mixture of experts; `moeforge upcycle` makes one of a dense model."
         what = f"{model.label} is a {kind} model, which is no mixture that can be taken apart"
-        findings.error(what, f"Give one of these: {known}.", path)
+        findings.error(what, fix, path)
         return None
     family = families.load(kind)
     model = without_prediction(model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -178,6 +178,11 @@ def find(
     except HubError as error:
         # What looks like owner/name may be a misspelt path: say so where its folder is here.
         folder, _, last = name.rpartition("/")
+        if not folder:
+            places = [place for place in (beside, Path()) if place.is_dir()]
+            here = {item.name for place in places for item in place.iterdir()}
+            also = f"; and no folder {name} is here{nearest(name, here)}"
+            raise HubError(*(replace(f, what=f.what + also) for f in error.findings)) from error
         around = [place / folder for place in (beside, Path()) if folder]
         entries = {item.name for place in around if place.is_dir() for item in place.iterdir()}
         if not entries:

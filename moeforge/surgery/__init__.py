@@ -96,6 +96,10 @@ def experts(
     offline = bool(settings.get("offline", False))
     mixed = _opened(str(model), offline=offline)
     _refuse_unclear(keep, drop, keep_most, text, add, refit)
+    changes = [keep, drop, duplicate, keep_most, refit, top_k, dtype]
+    if not any(changes):
+        fix = "Give --keep, --drop, --duplicate, --keep-most, --add, --refit or --top-k."
+        raise PlanError(Finding(f"nothing about the experts of {model} is to change", fix))
     if keep_most is not None:
         wanted: Any = _most_used(mixed, str(model), keep_most, text, settings)
     else:
