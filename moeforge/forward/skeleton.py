@@ -51,13 +51,37 @@ def skeleton(config: Config, attention: str | None = None) -> nn.Module:
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"the installed transformers does not know {kind} models")
-    with quiet(), init_empty_weights(include_buffers=False):
+    with quiet(), init_empty_weights(include_buffers=False), _nothing_drawn():
         model: nn.Module = AutoModelForCausalLM.from_config(
             CONFIG_MAPPING[kind].from_dict(plain_floats(config)),
             attn_implementation=attention,
             dtype=torch.float32,
         )
     return model.eval()
+
+
+_DRAWS = {"uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"}
+"""By name: transformers puts functions of its own in the place of torch's."""
+
+
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Leave out random numbers for weights without data: most of the time that a skeleton takes."""
+    from torch.overrides import TorchFunctionMode
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if getattr(func, "__name__", "") in _DRAWS:
+                tensor = args[0] if args else kwargs["tensor"]
+                if tensor.is_meta:
+                    return tensor
+            return func(*args, **kwargs)
+
+    with Mode():
+        yield
 
 
 def load_dense(config: Config, names: Iterable[str], read: ReadTensor) -> nn.Module:

@@ -72,11 +72,17 @@ def unlike(result: Config, donor: Config, layers: Sequence[Origin], stored: set[
     """
     models: dict[int, list[Facts]] = {}
     labels: dict[int, str] = {}
+    mine, around = facts(donor)
+    known = [(donor, mine)]
     for origin in layers:
         if id(origin.config) not in models:
-            models[id(origin.config)] = facts(origin.config)[0]
+            # Fine-tunes of one model have one config, and large skeletons take seconds.
+            alike = next((found for config, found in known if config == origin.config), None)
+            if alike is None:
+                alike = facts(origin.config)[0]
+                known.append((origin.config, alike))
+            models[id(origin.config)] = alike
             labels[id(origin.config)] = origin.label
-    mine, around = facts(donor)
     made, around_made = facts(result)
     _same_around(around, around_made)
     constants = list(map(_constant, models.values()))
@@ -93,11 +99,11 @@ def unlike(result: Config, donor: Config, layers: Sequence[Origin], stored: set[
             is_, was = layer.get(path, _NOTHING), theirs.get(path, _NOTHING)
             if path in settings or same(is_, was):
                 continue
-            alike = _same_shape(is_, was)
-            if path in stored and alike:
+            sized_alike = _same_shape(is_, was)
+            if path in stored and sized_alike:
                 continue  # a buffer that the checkpoint has
             what = f"layer {number} of the stack would have {path} {_show(is_)}"
-            others = " of other numbers" if alike else ""
+            others = " of other numbers" if sized_alike else ""
             raise LayerFieldError(f"{what}, where {origin} has {_show(was)}{others}")
     return [
         f"{labels[key]} has {path} {_show(theirs[path])} in every layer, the result "
