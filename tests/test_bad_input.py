@@ -4,11 +4,10 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 from tiny import LAYERS, VOCABULARY, edit_config
 
@@ -542,12 +541,7 @@ def test_mistakes_of_one_inline_recipe_do_not_hide_those_of_another(llamas, mode
 def build(recipe, out, *options):
     path = out.parent / "recipe.yml"
     path.write_text(json.dumps(recipe))
-    return subprocess.run(
-        [sys.executable, "-m", "moeforge", "build", path, "-o", out, *options],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "80"},
-    )
+    return warm.moeforge("build", path, "-o", out, *options, env={**os.environ, "COLUMNS": "80"})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import warm
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -22,13 +23,12 @@ HEAVY = {"torch", "transformers", "pydantic"}
 def moeforge(*arguments, cwd=None, code=0, python=()):
     if arguments[0] == "build":
         arguments = (*arguments, "--no-verify")  # which takes seconds; test_verify.py is about it
-    run = subprocess.run(
-        [sys.executable, *python, "-m", "moeforge", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "100"},
-    )
+    env = {**os.environ, "COLUMNS": "100"}
+    if python:
+        command = [sys.executable, *python, "-m", "moeforge", *map(str, arguments)]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    else:
+        run = warm.moeforge(*arguments, cwd=cwd, env=env)
     assert run.returncode == code, run.stderr
     assert "Traceback" not in run.stderr
     return run

@@ -1,12 +1,11 @@
 """What `diff` says of two checkpoints, against numpy's own arithmetic."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 
 import moeforge
@@ -41,8 +40,7 @@ def test_numbers_are_numpys(dtypes, models):
 
 
 def shown(a, b, *options, code):
-    command = [sys.executable, "-m", "moeforge", "diff", str(a), str(b), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.moeforge("diff", a, b, *options)
     assert done.returncode == code, done.stderr
     return done.stdout
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import warm
 import yaml
 
 from moeforge.cli import unexpected
@@ -29,13 +30,12 @@ main()
 
 def run(*arguments, code, error=None, **env):
     """A command; where `error` is given, with a mistake in it that raises that."""
-    start = ["-c", BROKEN.format(error=error)] if error else ["-m", "moeforge"]
-    done = subprocess.run(
-        [sys.executable, *start, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **env},
-    )
+    env = {**os.environ, **env}
+    if error:
+        command = [sys.executable, "-c", BROKEN.format(error=error), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+    else:
+        done = warm.moeforge(*arguments, env=env)
     assert done.returncode == code, done.stderr
     return done
 

@@ -86,7 +86,16 @@ def tensors_of(seed, shape, dtype):
 
 def plan_of(expr, like, sources):
     """A plan of two equal tensors, so that there is work for two; they share their expression."""
-    tensors = tuple(PlannedTensor(name, spec_of(like), expr) for name in ("out", "again"))
+    return plan_of_all({"out": (expr, like)}, sources)
+
+
+def plan_of_all(wanted, sources):
+    """Such a plan of several expressions, each with the tensor that it is, by name."""
+    tensors = tuple(
+        PlannedTensor(before + name, spec_of(like), expr)
+        for before in ("", "again ")
+        for name, (expr, like) in wanted.items()
+    )
     return Plan("merge", tensors, {}, {source.key: source for source in sources}, sources[0])
 
 
@@ -96,6 +105,11 @@ WAYS = ((1, 2**8), (1, 2**10), (1, 2**13), (2, 2**8), (2, 2**12))
 
 def made(plan, folder, ways=WAYS):
     """Build `plan` in several ways; return its tensor, which must be the same in all of them."""
+    return all_made(plan, folder, ways)["out"]
+
+
+def all_made(plan, folder, ways=WAYS):
+    """Do so with all its tensors, by name; each must be there twice."""
     files = []
     for number, (threads, size) in enumerate(ways):
         (folder / str(number)).mkdir(parents=True)
@@ -104,8 +118,11 @@ def made(plan, folder, ways=WAYS):
         files.append(folder / str(number) / "model.safetensors")
     assert len({file.read_bytes() for file in files}) == 1, "the bytes depend on how it was run"
     result = load_file(files[0])
-    assert torch.equal(result["out"], result["again"])
-    return result["out"]
+    tensors = {name: result[name] for name in result if not name.startswith("again ")}
+    assert len(result) == 2 * len(tensors) == len(plan.tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, result[f"again {name}"]), name
+    return tensors
 
 
 def shuffled(count, seed=0):
@@ -238,19 +255,25 @@ def sources(shape, dtype, folder=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", EXACT)
-def test_equal_to_torch(name, dtype, tmp_path):
-    for shape in SHAPES:
-        found, tensors = sources(shape, dtype)
-        expr, expected = EXACT[name](*tensors)
-        plan = plan_of(expr, expected.to(dtype), found)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equal_to_torch(shape, dtype, tmp_path):
+    """All in one plan, for a build in each way costs more than what is in it."""
+    found, tensors = sources(shape, dtype)
+    wanted = {}
+    for name, words in EXACT.items():
+        expr, expected = words(*tensors)
+        wanted[name] = expr, expected.to(dtype)
+    plan = plan_of_all(wanted, found)
+    for expr, expected in wanted.values():
         assert plan.shape(expr) == tuple(expected.shape)
-        result = made(plan, tmp_path / f"{shape}", WAYS if shape[0] > 9 else WAYS[::2])
-        assert torch.equal(result, expected.to(dtype)), shape
+    result = all_made(plan, tmp_path, WAYS if shape[0] > 9 else WAYS[::2])
+    for name, (_, expected) in wanted.items():
+        assert torch.equal(result[name], expected), name
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_stored_in_another_dtype_it_is_rounded_once(name, tmp_path):
+    """Each in a plan of its own, which allocates for it alone."""
     found, tensors = sources((130, 67), torch.float32)
     expr, expected = EXACT[name](*tensors)
     result = made(plan_of(expr, expected.bfloat16(), found), tmp_path)
@@ -317,15 +340,33 @@ CLOSE = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+NEAR = {torch.float32: 2e-6, torch.float64: 1e-13}
+
+
+def near(result, expected):
+    tolerance = NEAR[result.dtype]
+    return torch.allclose(result.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+@pytest.mark.parametrize("shape", [(7, 5), (130, 67), (3, 700)], ids=str)
+def test_what_is_computed_in_whole_rows(shape, dtype, tmp_path):
+    found, tensors = sources(shape, dtype)
+    wanted = {}
+    for name, words in CLOSE.items():
+        expr, expected = words(*tensors)
+        wanted[name] = expr, expected.to(dtype)
+    result = all_made(plan_of_all(wanted, found), tmp_path)
+    for name, (_, expected) in wanted.items():
+        assert near(result[name], expected), name
+
+
 @pytest.mark.parametrize("name", CLOSE)
-def test_what_is_computed_in_whole_rows(name, dtype, tmp_path):
-    for shape in ((7, 5), (130, 67), (3, 700)):
-        found, tensors = sources(shape, dtype)
-        expr, expected = CLOSE[name](*tensors)
-        result = made(plan_of(expr, expected.to(dtype), found), tmp_path / f"{shape}")
-        near = 2e-6 if dtype == torch.float32 else 1e-13
-        assert torch.allclose(result.double(), expected.double(), rtol=near, atol=near), shape
+def test_what_is_computed_in_whole_rows_alone(name, tmp_path):
+    """In a plan of its own, which allocates for it alone."""
+    found, tensors = sources((130, 67), torch.float32)
+    expr, expected = CLOSE[name](*tensors)
+    assert near(made(plan_of(expr, expected.float(), found), tmp_path), expected.float())
 
 
 def test_two_workers_are_two_processes(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -158,6 +159,17 @@ def gates_of(folder):
     return [tensors[name] for name in sorted(tensors) if ".gate." in name]
 
 
+def built_by_each_number_of_threads(*given):
+    """In a process each, forked before any thread has multiplied: imports are what takes long."""
+    for number in (1, 2, 5):
+        child = multiprocessing.get_context("fork").Process(
+            target=built_by_threads, args=(number, *given)
+        )
+        child.start()
+        child.join()
+        assert child.exitcode == 0, number
+
+
 def built_by_threads(number, recipes, folder):
     workers.SMALL = 0
     torch.set_num_threads(number)
@@ -177,8 +189,7 @@ def test_any_number_of_threads_gives_the_same_bits(llamas, tmp_path):
         )
         for method in ("ridge", "logistic")
     }
-    for number in (1, 2, 5):
-        in_a_child(built_by_threads, number, recipes, tmp_path)
+    in_a_child(built_by_each_number_of_threads, recipes, tmp_path)
     for method in recipes:
         first, *others = (gates_of(tmp_path / f"{method}-{number}") for number in (1, 2, 5))
         for other in others:

@@ -5,13 +5,12 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 
 import pytest
 import torch
+import warm
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from test_fuzz import linear, mixture, stack
@@ -432,13 +431,7 @@ def test_a_token_is_in_no_output_and_no_file(llamas, tmp_path):
         ("bad", ["--debug"], ["--json"]),
     ):
         words = [*before, "build", f"{name}.yml", "-o", name, "--no-verify", *after]
-        done = subprocess.run(
-            [sys.executable, "-m", "moeforge", *words],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-        )
+        done = warm.moeforge(*words, cwd=tmp_path, env=env)
         assert done.returncode == (5 if name == "bad" else 0), done.stderr
         assert ("Traceback" in done.stderr) == (name == "bad")
         assert token not in done.stdout + done.stderr
@@ -545,12 +538,8 @@ def test_damaged_tokenizers_are_named(kind, stranger, llamas):
 
 def test_tokens_are_nowhere_but_in_requests(llamas, tmp_path):
     def run(*arguments, token, code):
-        done = subprocess.run(
-            [sys.executable, "-m", "moeforge", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env={**hub.env(tmp_path / "home", token=token), "HF_HUB_OFFLINE": "0"},
-        )
+        env = {**hub.env(tmp_path / "home", token=token), "HF_HUB_OFFLINE": "0"}
+        done = warm.moeforge(*arguments, env=env)
         assert done.returncode == code, done.stderr
         assert token not in done.stdout + done.stderr
 

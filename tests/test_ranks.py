@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -18,15 +17,12 @@ import pytest
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from test_crash import RECIPES, weights, write_recipe
+from warm import FORKS
 
 from moeforge import ranks, sharing
 from moeforge.engine import writer
 from moeforge.errors import BuildError
 from moeforge.ranks import group as groups
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "moeforge.forge", "moeforge.engine.evaluate", "test_ranks"])
-"""So that a rank costs no imports; it is a process of its own all the same."""
 
 
 def free_port():

@@ -172,7 +172,8 @@ def assert_stack_is_exact(folders, slices, out):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_stack_of_all_layers_is_the_model(kind, models, tmp_path):
     folder = stack_table.checkpoint(models, kind, 1)
-    moeforge.build(recipe([folder], [(0, 0, 2), (0, 2, 4)]), tmp_path / "out")
+    # Whether such an output passes its checks, the test above has seen.
+    moeforge.build(recipe([folder], [(0, 0, 2), (0, 2, 4)]), tmp_path / "out", verify=False)
     ids = torch.arange(40)[None] % 256
     expected = load(folder)(input_ids=ids).logits
     assert torch.equal(load(tmp_path / "out")(input_ids=ids).logits, expected)
