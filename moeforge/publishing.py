@@ -51,7 +51,8 @@ def prepared(
         found = verified(folder, progress=lambda done, total: progress("verify", done, total))
         if not found.ok:
             what = f"{folder} does not pass its checks; nothing was sent"
-            fix = f"`moeforge verify {folder}` shows all of them; --no-verify leaves them out."
+            fix = f"`moeforge verify {folder}` shows all of them; --no-verify leaves them out, but "
+            fix += "for the lock file's."
             raise SourceError(*found.errors, Finding(what, fix))
     return hub.prepare(
         folder,

@@ -296,7 +296,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("0" * 40, ["HubError: me/good@000", "there is no such revision", "branches and tags"]),
         ("deep", ["HubError: me/good/deep: there is no such file or folder", "its page"]),
         ("../..", ["SourceError: ../.. is not a folder inside me/good", "relative to"]),
-        ("a--b", ["HubError: me/a--b: ", "a--b", "Correct what it names"]),
+        ("a--b", ["HubError: me/a--b: ", "a--b", "Write it as owner/name"]),
         (
             "broken",
             ["HubError: me/broken: the Hub answered 503: in maintenance", "Try again later"],

@@ -226,7 +226,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(
     ("repo", "fault", "expected"),
     [
         ("other/moe", (), ["no such repository, and you cannot make one of other", "/tokens"]),
-        ("me/a--b", (), ["a--b", "Correct what it names"]),
+        ("me/a--b", (), ["a--b", "Write it as owner/name"]),
         ("me/moe", ("/whoami", 401, "expired"), ["the Hub answered 401\n", "`hf auth login`"]),
         ("me/moe", ("/create", 404, "no such owner"), ["404: no such owner", "Check the name"]),
         ("me/moe", ("/commit/", 409, "one is in progress"), ["409: one is in progress", "look at"]),
@@ -303,6 +303,7 @@ def test_push_refuses_an_incomplete_folder(
     hub: HubServer, member: Client, tmp_path: Path, files: dict[str, bytes | None], expected: str
 ) -> None:
     left = {path: data for path, data in {**SHARDED, **files}.items() if data is not None}
+    assert "nowhere does not exist" in member.fails(send, str(tmp_path / "nowhere"), "me/new")
     text = member.fails(send, write(tmp_path, left), "me/new")
     assert text.startswith("SourceError: ")
     assert expected in text

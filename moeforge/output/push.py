@@ -99,6 +99,8 @@ def refuse_incomplete(folder: Path) -> None:
     Raises:
         SourceError: with what is missing.
     """
+    if not folder.exists():
+        raise SourceError(Finding(f"{folder} does not exist", "Give a folder with a model in it."))
     FolderSource(str(folder), folder).specs()
     if not (folder / "README.md").is_file():
         what = f"{folder} has no README.md, which is the model card on the Hub"

@@ -69,6 +69,8 @@ def explain(error: Exception, what: str) -> HubError:
         system = str(chain[-1]) if isinstance(chain[-1], OSError) else type(chain[-1]).__name__
         reason = f"the connection to the Hub failed ({system})"
         fix = "Check network, proxy and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses the local cache only."
+    elif any(isinstance(e, errors.HFValidationError) for e in chain):
+        reason, fix = " ".join(str(error).split())[:300], "Write it as owner/name."
     else:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         fix = "Correct what it names and try again; finished transfers are not repeated."
