@@ -1,7 +1,9 @@
 """Compiled arithmetic: the same bits as torch's, for every method that has some."""
 
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -68,9 +70,10 @@ def models(shape, dtype):
     return [tensor.to(dtype) for tensor in found]
 
 
-def plan_of(word, params, inputs):
+def plan_of(word, params, inputs, out=None):
     name = str(inputs[0].dtype).removeprefix("torch.")
     spec = TensorSpec(BY_NAME[name], tuple(inputs[0].shape))
+    made = TensorSpec(BY_NAME[out or name], spec.shape)
     count = 2 if word == "slerp" else len(inputs)
     sources = {
         str(i): MemorySource(
@@ -80,7 +83,7 @@ def plan_of(word, params, inputs):
     }
     reads = tuple(Read(key, "x") for key in sources)
     tensors = [
-        PlannedTensor(f"y{i}", spec, Merge(word, reads, tuple(params.items()))) for i in range(2)
+        PlannedTensor(f"y{i}", made, Merge(word, reads, tuple(params.items()))) for i in range(2)
     ]
     return Plan("merge", tuple(tensors), {}, sources, sources["0"])
 
@@ -131,6 +134,83 @@ def test_ranks_found_by_tables_are_those_of_sorting(kind, row):
     sorted_ = large(*arguments)
     assert kernels.load(["drawing", "ranking"], narrow=True)
     assert (large(*arguments) == sorted_).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("word", ["linear", "ties"])
+def test_what_is_made_may_be_of_another_dtype(quick, tmp_path, monkeypatch, word, dtype):
+    params = next(params for name, params in CASES if name == word)
+    plan = plan_of(word, params, models((37, 2051), torch.bfloat16), dtype)
+    by_torch = built(plan, tmp_path / "torch")["y0"]
+    monkeypatch.setattr(kernels, "WORTH", dict.fromkeys(kernels.WORTH, 0))
+    by_kernels = built(plan, tmp_path / "kernels")["y0"]
+    assert str(by_kernels.dtype) == f"torch.{dtype}"
+    assert torch.equal(bits(by_torch), bits(by_kernels))
+
+
+def test_bfloat16_is_rounded_as_torch_does():
+    assert kernels.load(["sums"], narrow=False)
+    from moeforge.kernels.sums import weighted
+
+    generator = torch.Generator().manual_seed(3)
+    every = torch.randint(-(2**31), 2**31, (100_000,), generator=generator, dtype=torch.int64)
+    halves = torch.arange(2**16) * 2**16 + 2**15  # between two neighbours, for each of them
+    values = torch.cat([every.int(), halves.int()]).view(torch.float32)
+    out = torch.empty(len(values), dtype=torch.bfloat16)
+    weighted(values.numpy()[None], np.ones(1, np.float32), kernels.matrix(out))
+    expected = values.bfloat16()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(bits(out)[~out.isnan()], bits(expected)[~out.isnan()])
+
+
+@pytest.mark.parametrize("squeeze", ["_squeeze_lanes", "_squeeze_each"])
+def test_what_lies_in_a_range_is_collected_in_order(squeeze):
+    from numba import njit
+
+    from moeforge.kernels import counting
+
+    if squeeze == "_squeeze_lanes" and counting._squeeze is counting._squeeze_each:
+        pytest.skip("this LLVM has no operation for it")
+    append = getattr(counting, squeeze)
+    values = np.abs(np.random.default_rng(0).standard_normal(4 * counting.LANES, np.float32))
+    first, stop = np.array([0.3, 0.9], np.float32).view(np.uint32)
+    out = np.zeros(values.size + counting.ROOM, np.uint32)
+
+    @njit
+    def collect(codes, first, width, out):
+        count = np.uint64(0)
+        for j in range(0, codes.size, 16):
+            count = append(codes, j, first, width, out, count)
+        return count
+
+    count = collect(values.view(np.uint32), first, np.uint32(stop - first), out)
+    expected = values[(values >= np.float32(0.3)) & (values < np.float32(0.9))]
+    assert np.array_equal(out[: int(count)].view(np.float32), expected)
+
+
+@pytest.mark.parametrize("distinct", [3, 3000])
+def test_ranks_are_those_of_sorting(distinct):
+    from moeforge.kernels.counting import ranked
+
+    draw = np.random.default_rng(distinct)
+    values = np.abs(draw.standard_normal(distinct, np.float32) * 0.01)[
+        draw.integers(distinct, size=5000)
+    ]
+    ordered = np.sort(values)[::-1]
+    for rank in (1, 2, 700, 4999, 5000):
+        assert ranked(values, rank) == ordered[rank - 1]
+
+
+def test_what_numba_need_not_import_can_be_imported_afterwards():
+    code = """
+import sys
+from moeforge import kernels
+assert kernels.load(["sums"], narrow=True)
+assert "scipy" not in sys.modules
+import gc
+assert gc.isenabled()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_method_with_kernels_is_compared_here():

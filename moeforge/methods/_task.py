@@ -289,7 +289,8 @@ def task_method(
     def merge(tensors: Tensor, params: Params, stats: Stats, place: Place) -> Tensor:
         weights = params["weight"][1:]
         bits = stats.kept.get((place.start, tensors.shape[1]))
-        known = bits is not None or bounds is not None or min(densities(params)) >= 1
+        known = bits is not None or bounds is not None or sparsify is _keep
+        known = known or min(densities(params)) >= 1
         if known and (matrix := kernels.matrix(tensors)) is not None:
             by = bounds if bits is None and bounds is not None else _no_bounds
             from moeforge.methods._compiled import merged
