@@ -131,7 +131,7 @@ def _plane(
             if len(results) > 2:
                 axes.plot(*zip(*results, strict=True), color=_RESULT, linewidth=1.6)
             for i, label in zip(shown, labels, strict=True):
-                _arrow(axes, origin, results[i], _RESULT, label)
+                _arrow(axes, origin, results[i], _RESULT, label, "-" if i == shown[0] else "--")
             axes.set_aspect("equal", adjustable="box")
             axes.margins(0.12)
             axes.set_axis_off()
