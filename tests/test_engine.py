@@ -14,14 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 
 import moeforge
 from moeforge import engine, forge
-from moeforge.engine import Settings, jobs, processes
-from moeforge.engine.jobs import CHUNK
+from moeforge.engine import Settings, jobs, processes, seal
+from moeforge.engine.jobs import CHUNK, CopyJob
+from moeforge.errors import BuildError
 from moeforge.methods import _select
-from moeforge.output.layout import lay_out
+from moeforge.output.layout import Shard, lay_out
 from moeforge.plans import (
     Concat,
     Fill,
@@ -33,6 +35,8 @@ from moeforge.plans import (
     Read,
     RowTable,
 )
+from moeforge.sealed import Sealed
+from moeforge.sources import FileSpan
 from moeforge.sources.memory import MemorySource
 from moeforge.system import copy_range
 from moeforge.tensors import BY_NAME, TensorSpec
@@ -126,6 +130,31 @@ def test_copies_fall_back_where_the_kernel_cannot(tmp_path, monkeypatch):
                 reader.fileno(), writer.fileno(), len(data) - 5 - done, 5 + done, done
             )
     assert (tmp_path / "out").read_bytes() == data[5:]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_copies_wait_for_what_is_hashed_but_for_one(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(seal, "_BEHIND", 100)
+    data, told = os.urandom(400), {}
+    (tmp_path / "f").write_bytes(data if whole else data[:50])
+    span, dtype = FileSpan(tmp_path / "in", 0, 200), BY_NAME["bfloat16"]
+    copies = [CopyJob("y", A, span, dtype, "f", start, None) for start in (0, 200)]
+    shard = Shard("f", b"", (), len(data))
+    with seal.Sealer(tmp_path, [shard], copies, 2, told.__setitem__) as sealer:
+        first, last = (threading.Thread(target=sealer.complete, args=(c,)) for c in copies)
+        first.start()
+        first.join(0.05)
+        assert first.is_alive(), "200 bytes are not hashed"
+        last.start()
+        last.join(10)
+        assert not last.is_alive(), "one worker goes on"
+        assert first.is_alive()
+        sealer.start()
+        first.join(10)
+        assert not first.is_alive()
+        with nullcontext() if whole else pytest.raises(BuildError, match="f does not get onto"):
+            sealer.finish()
+    assert told == ({"f": Sealed(blake3(data).hexdigest(), 400)} if whole else {})
 
 
 class Failing(MemorySource):

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
+from moeforge.engine.background import Background
 from moeforge.engine.jobs import CopyJob, MergeJob, Report
 from moeforge.plans import Plan
 from moeforge.sources import Fetched, streamed
@@ -25,8 +24,10 @@ Progress = Callable[[int, int], None]
 """Told bytes that have come, and all that are to come."""
 
 
-class Fetcher:
+class Fetcher(Background):
     """What jobs want of the Hub, and the thread that brings it.
+
+    It is not waited for at the end: a download that goes on then ends with the process at last.
 
     Args:
         plan: holds the sources.
@@ -68,21 +69,8 @@ class Fetcher:
             self._here[number] = source.has(file)
         missing = [(s, f) for n, (s, f) in enumerate(self._files) if not self._here[n]]
         self._total, self._done = sum(source.size_of(file) for source, file in missing), 0
-        self._change = threading.Condition()
         self._kept = 0
-        self._error: BaseException | None = None
-        self._stop = False
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def start(self) -> None:
-        """Begin to fetch; worker processes are forked before."""
-        if self._files:
-            self._thread.start()
-
-    def check(self) -> None:
-        """Raise what went wrong in the thread, if anything did."""
-        if self._error is not None:
-            raise self._error
+        super().__init__(1 if self._files else 0)
 
     def complete(self, job: Job) -> None:
         """Say that a job is done."""
@@ -93,20 +81,6 @@ class Fetcher:
                     source, file = self._files[number]
                     source.evict(file)
                     self._kept -= 1
-            self._change.notify_all()
-
-    def __enter__(self) -> Fetcher:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # A download that is going on is left to itself: the thread ends with the process at last.
-        with self._change:
-            self._stop = True
             self._change.notify_all()
 
     def _waiting(self, job: Job) -> Callable[[Report], None]:
@@ -139,24 +113,21 @@ class Fetcher:
         return asked
 
     def _work(self) -> None:
-        try:
-            left = [number for number in range(len(self._files)) if not self._here[number]]
-            self._kept = len(self._files) - len(left)
-            while left:
-                with self._change:
-                    # Looked at again and again: other processes ask without a word.
-                    while not self._stop and (number := self._next(left)) is None:
-                        self._change.wait(_POLL)
-                    if self._stop:
-                        return
-                    assert number is not None
-                    self._kept += 1
-                left.remove(number)
-                source, file = self._files[number]
-                source.fetch(file, self._came)
-                self._here[number] = 1
-        except BaseException as error:
-            self._error = error
+        left = [number for number in range(len(self._files)) if not self._here[number]]
+        self._kept = len(self._files) - len(left)
+        while left:
+            with self._change:
+                # Looked at again and again: other processes ask without a word.
+                while not self._stop and (number := self._next(left)) is None:
+                    self._change.wait(_POLL)
+                if self._stop:
+                    return
+                assert number is not None
+                self._kept += 1
+            left.remove(number)
+            source, file = self._files[number]
+            source.fetch(file, self._came)
+            self._here[number] = 1
 
     def _came(self, count: int) -> None:
         if self._stop:

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from moeforge.engine.evaluate import Evaluator
     from moeforge.engine.rows import Whole
 
-COPY_WINDOW = 2**18
-"""Bytes copied at a time: they stay in the cache while they are looked at, and written."""
+COPY_WINDOW = 2**20
+"""Bytes copied at a time: they stay in the cache while they are looked at, and written. With less,
+threads spend their time handing Python's lock over."""
 
 SAMPLE, COARSE = 2**16, 32
 """Elements of a sample; and the runs that it is made of where runs cannot be short."""

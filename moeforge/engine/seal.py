@@ -7,11 +7,11 @@ written; a file is sealed when all of it is hashed and the disk has it.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from moeforge.engine.background import Background
 from moeforge.engine.jobs import CopyJob, MergeJob
 from moeforge.errors import BuildError, Finding
 from moeforge.hashes import BLAKE3, begin
@@ -19,19 +19,22 @@ from moeforge.output.layout import Shard
 from moeforge.sealed import Sealed
 from moeforge.system import begin_writing, open_file, read_at
 
-_WINDOW, _AHEAD = 2**18, 2**25
+_WINDOW, _AHEAD = 2**20, 2**25
 """Bytes hashed at a time; and those after which the disk is told to begin writing."""
+_BEHIND = 2**26
+"""Bytes that hashing may be behind copying before copies wait for it: what is hashed when all is
+copied, by one thread for each file, is hashed while other cores have nothing to do."""
 _POLL = 0.05
 
 
-class Sealer:
-    """Threads that hash; they are not started before worker processes are forked.
+class Sealer(Background):
+    """Threads that hash, and where everything is copied, hold back those that copy.
 
     Args:
         folder: where the files are.
         shards: the files, in the order in which they are written.
         jobs: what is written, in the order of the files.
-        threads: most files that are hashed at the same time.
+        threads: number of workers, and most files that are hashed at the same time.
         sealed: told each file as soon as it is sealed, by the thread that did it.
     """
 
@@ -47,32 +50,30 @@ class Sealer:
         self._jobs: dict[str, list[CopyJob | MergeJob]] = {shard.name: [] for shard in shards}
         for job in jobs:
             self._jobs[job.shard].append(job)
+        self._sizes = {shard.name: shard.nbytes for shard in shards}
         self._complete: set[int] = set()
         self._first = dict.fromkeys(self._jobs, 0)
-        self._change = threading.Condition()
-        self._error: BaseException | None = None
-        self._stop = False
-        self._threads = [
-            threading.Thread(target=self._work, daemon=True)
-            for _ in range(max(1, min(threads, len(shards))))
-        ]
+        self._ends = dict.fromkeys(self._jobs, 0)
+        self._behind = 0
+        # One worker never waits, so that there is always something to hash. Those that compute
+        # may be other processes, and take longer than hashing.
+        copies = all(isinstance(job, CopyJob) for job in jobs)
+        self._spare = threads - 1 if copies else 0
+        super().__init__(max(1, min(threads, len(shards))))
+        for name in self._jobs:
+            self._move(name)
         self.result: dict[str, Sealed] = {}
 
-    def start(self) -> None:
-        """Begin to follow what is written."""
-        for thread in self._threads:
-            thread.start()
-
     def complete(self, job: CopyJob | MergeJob) -> None:
-        """Say that all bytes of `job` are written."""
+        """Say that all bytes of `job` are written; of copies, return when more are wanted."""
         with self._change:
             self._complete.add(id(job))
+            self._move(job.shard)
             self._change.notify_all()
-
-    def check(self) -> None:
-        """Raise what went wrong in a thread, if anything did."""
-        if self._error is not None:
-            raise self._error
+            if self._spare:
+                self._spare -= 1
+                self._change.wait_for(lambda: self._behind <= _BEHIND or self._stop or self._error)
+                self._spare += 1
 
     def finish(self, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Sealed]:
         """Wait until every file is sealed.
@@ -91,51 +92,50 @@ class Sealer:
         self.check()
         return self.result
 
-    def __enter__(self) -> Sealer:
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._change:
-            self._stop = True
-            self._change.notify_all()
+        super().__exit__(kind, error, trace)
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
 
     def _work(self) -> None:
-        try:
-            while True:
-                with self._change:
-                    if self._stop or not self._shards:
-                        return
-                    shard = self._shards.pop(0)
-                found = self._follow(shard)
-                if found is None:
+        while True:
+            with self._change:
+                if self._stop or not self._shards:
                     return
-                self.result[shard.name] = found
-                self._told(shard.name, found)
-        except BaseException as error:
-            self._error = error
+                shard = self._shards.pop(0)
+            found = self._follow(shard)
+            if found is None:
+                return
+            self.result[shard.name] = found
+            self._told(shard.name, found)
+
+    def _move(self, name: str) -> None:
+        """Find out how far file `name` is complete."""
+        jobs, first = self._jobs[name], self._first[name]
+        while first < len(jobs) and id(jobs[first]) in self._complete:
+            first += 1
+        self._first[name], before = first, self._ends[name]
+        self._ends[name] = jobs[first].offset if first < len(jobs) else self._sizes[name]
+        self._behind += self._ends[name] - before
 
     def _written(self, shard: Shard, known: int) -> int | None:
         """Wait until more than `known` bytes are complete; return how many, None to stop."""
-        jobs = self._jobs[shard.name]
         with self._change:
-            while not self._stop:
-                first = self._first[shard.name]
-                while first < len(jobs) and id(jobs[first]) in self._complete:
-                    first += 1
-                self._first[shard.name] = first
-                end = jobs[first].offset if first < len(jobs) else shard.nbytes
-                if end > known or end == shard.nbytes:
-                    return end
-                self._change.wait()
-        return None
+            self._change.wait_for(lambda: self._ends[shard.name] > known or self._stop)
+            return None if self._stop else self._ends[shard.name]
+
+    def _hashed(self, count: int) -> None:
+        """Let copies go on that have waited for this."""
+        with self._change:
+            self._behind -= count
+            if self._behind <= _BEHIND < self._behind + count:
+                self._change.notify_all()
 
     def _follow(self, shard: Shard) -> Sealed | None:
         path, digest, done = self._folder / shard.name, begin(BLAKE3), 0
@@ -153,6 +153,7 @@ class Sealer:
                         raise OSError(f"{shard.name} is shorter than what was written to it")
                     digest.update(buffer[:count])
                     done += count
+                    self._hashed(count)
                     if done - begun >= _AHEAD or done == end:
                         begin_writing(descriptor, begun, done - begun)
                         begun = done
