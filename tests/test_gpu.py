@@ -15,7 +15,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 
 SAME = {
     *("linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties"),
-    *("nearswap", "ram", "passthrough"),
+    *("nearswap", "passthrough"),
 }
 """Methods whose sums over tensors, if any, are of integers: the same bytes as on the CPU."""
 BOUND = 2.0**-20

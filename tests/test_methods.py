@@ -481,7 +481,7 @@ def test_parameters_and_defaults_are_those_of_mergekit():
 def test_della_keeps_with_probabilities_between_zero_and_one(llamas, word, density, epsilon, fine):
     found = errors(recipe(word, llamas, llamas[0], weight=1, density=density, epsilon=epsilon))
     assert (not found) == fine
-    assert fine or (f"{density} ± {epsilon}" in found[0] and "between 0 and 1" in found[0])
+    assert fine or (f"{density} ± {epsilon}" in found[0] and "above 0 and below 1" in found[0])
 
 
 def test_weights_that_sum_to_zero_are_refused_where_they_would_divide(llamas):

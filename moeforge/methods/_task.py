@@ -101,6 +101,14 @@ def added(parts: Tensor) -> Tensor:
     return result
 
 
+def divided(values: Tensor, by: float) -> Tensor:
+    """Return `values` divided by a number, in their memory, rounded once."""
+    import torch
+
+    # By a number a GPU would not divide: it multiplies by the reciprocal, which is rounded already.
+    return values.div_(torch.full((), by, dtype=values.dtype, device=values.device))
+
+
 FEW = 4
 """Parts up to which torch adds up the first dimension in their order, in every element."""
 
@@ -150,7 +158,7 @@ def elect(parts: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor
 def _sum(parts: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor:
     result = added(parts)
     divisor = sum(weights)
-    return result.div_(divisor) if normalize and abs(divisor) >= LEAST else result
+    return divided(result, divisor) if normalize and abs(divisor) >= LEAST else result
 
 
 def _keep(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:

@@ -14,7 +14,7 @@ from moeforge.methods import Measurement, Method, Param, Params, Place, Scan
 from moeforge.methods._cut import Cut
 from moeforge.methods._select import cuts
 from moeforge.methods._sums import blocks, total
-from moeforge.methods._task import FEW, deltas, majority, summed
+from moeforge.methods._task import FEW, deltas, divided, majority, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +43,8 @@ def _variances(tensors: Tensor) -> Tensor:
 
 def variance(parts: Tensor) -> Tensor:
     """Return the population variance over models, element by element; parts [models, elements]."""
-    mean = summed(parts).div_(len(parts))
-    return summed((parts - mean).square_()).div_(len(parts))
+    mean = divided(summed(parts), len(parts))
+    return divided(summed((parts - mean).square_()), len(parts))
 
 
 def _find_cut(share: float, place: Place) -> Measurement:
