@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moeforge.methods import Measurement, Method, Param, Params, Place
-from moeforge.methods._sums import gram
-from moeforge.methods._task import deltas, summed
+from moeforge import kernels
+from moeforge.methods import BLOCK, Measurement, Method, Param, Params, Place, Scan
+from moeforge.methods._sums import blocks, result_of
+from moeforge.methods._task import FEW, deltas, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,15 +39,68 @@ def ratio(products: Tensor) -> Tensor:
     return torch.where(divisor.abs() < 1e-6, 0.0, count * cosine / divisor)
 
 
+_LANES = 2**10
+"""Sums that inner products are added up in side by side, so that compiled code can do the same."""
+
+
+def _products(tensors: Tensor, place: Place) -> list[Any]:
+    """Return the upper half of each block's inner products of the differences, numpy [k, k].
+
+    In float64, where products of float32 numbers are exact.
+    """
+    import numpy as np
+
+    if tensors.device.type == "cuda":
+        from moeforge.methods._gpu import gram
+
+        return [products.triu().numpy() for products in gram(deltas(tensors))]
+    count = len(tensors) - 1
+    number = max(-(-tensors.shape[1] // BLOCK), 1)
+    lanes = np.zeros((number, count, count, _LANES))
+    if (matrix := kernels.matrix(tensors)) is not None:
+        from moeforge.kernels.products import products as compiled
+
+        for i, found in enumerate(lanes):
+            compiled(matrix[:, i * BLOCK : (i + 1) * BLOCK], found)
+        return list(lanes.sum(-1))
+    for found, block in zip(lanes, blocks(deltas(tensors)), strict=True):
+        missing = -block.shape[1] % _LANES
+        wide = np.pad(block.double().numpy(), ((0, 0), (0, missing))).reshape(count, -1, _LANES)
+        for i in range(count):
+            for k in range(i, count):
+                np.add.reduce(wide[i] * wide[k], axis=0, out=found[i, k])
+    return list(lanes.sum(-1))
+
+
+def _added(pieces: list[list[Any]]) -> Any:
+    return sum(product for piece in pieces for product in piece)
+
+
 def measure(params: Params, place: Place) -> Measurement:
     """Return t of the whole tensor; None where each row has its own."""
-    return None if params["filter_wise"] else float(ratio((yield from gram(deltas))))
+    import numpy as np
+    import torch
+
+    if params["filter_wise"]:
+        return None
+    upper = sum((yield Scan(_products, _added)))
+    return float(ratio(torch.from_numpy(upper + np.triu(upper, 1).T)))
 
 
 def merge(tensors: Tensor, params: Params, stats: float | None, place: Place) -> Tensor:
     """Return base + t · mean difference."""
     import torch
 
+    models = len(tensors) - 1
+    matrix = kernels.matrix(tensors) if models <= FEW else None
+    if matrix is not None and stats is not None:
+        import numpy as np
+
+        from moeforge.kernels.products import towards
+
+        out = result_of(matrix.shape[1], place)
+        towards(matrix, np.float32(stats / models), kernels.matrix(out))
+        return out
     base, differences = tensors[0], deltas(tensors)
     if stats is None:
         rows_KRC = differences.reshape(len(differences), -1, place.row).double()
@@ -64,7 +118,7 @@ METHOD = Method(
     inputs=(3, None),
     base="required",
     measure=measure,
-    kernels=("differences",),
+    kernels=("differences", "products"),
     multiplies=True,
     rows=lambda params: bool(params["filter_wise"]),
     paper="https://arxiv.org/abs/2403.19522",

@@ -1,0 +1,87 @@
+"""Owns what `model_stock` needs: inner products of differences from a base, and its merge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moeforge.kernels.rows import STRETCH, ZERO, add, compiled, store, subtract, widen
+
+
+@compiled
+def _add_products(lanes: Any, one: Any, other: Any) -> None:
+    for j in range(one.size):
+        lanes[j] += one[j] * other[j]
+
+
+@compiled
+def _difference(values: Any, base: Any, room: Any, out: Any) -> None:
+    """Put a difference, made in float32 `room`, into float64 `out`."""
+    widen(values, room)
+    for j in range(out.size):
+        out[j] = np.float64(room[j] - base[j])
+
+
+@compiled
+def products(matrix: Any, lanes: Any) -> None:
+    """Add products of the differences from the first row to `lanes`.
+
+    Args:
+        matrix: base and models.
+        lanes: float64 [models, models, a divisor of STRETCH]: of each pair, the lower number first,
+            Σ of the products of elements whose numbers leave the same remainder, in their order.
+    """
+    models, count = matrix.shape[0] - 1, lanes.shape[2]
+    room, wide = np.empty((2, STRETCH), np.float32), np.empty((models, STRETCH), np.float64)
+    for start in range(0, matrix.shape[1], STRETCH):
+        end = min(start + STRETCH, matrix.shape[1])
+        size = end - start
+        widen(matrix[0, start:end], room[0, :size])
+        for i in range(models):
+            row = matrix[i + 1, start:end]
+            _difference(row, room[0, :size], room[1, :size], wide[i, :size])
+        for i in range(models):
+            for k in range(i, models):
+                for first in range(0, size, count):
+                    part = slice(first, min(first + count, size))
+                    _add_products(lanes[i, k], wide[i, part], wide[k, part])
+
+
+@compiled
+def _step(base: Any, total: Any, factor: Any, out: Any) -> None:
+    # Zeros are added because a sum of negative zeros is to be a positive one.
+    for j in range(base.size):
+        store(out, j, base[j] + (total[j] + ZERO) * factor)
+
+
+@compiled
+def towards(matrix: Any, factor: Any, out: Any) -> None:
+    """Put the base plus `factor` times the sum of the differences from it into `out`.
+
+    Args:
+        matrix: base and models.
+        factor: float32.
+        out: float32 [elements]; or uint16, for bits of bfloat16.
+    """
+    room = np.empty((3, STRETCH), np.float32)
+    for start in range(0, matrix.shape[1], STRETCH):
+        end = min(start + STRETCH, matrix.shape[1])
+        size = end - start
+        base, row, total = room[0, :size], room[1, :size], room[2, :size]
+        widen(matrix[0, start:end], base)
+        widen(matrix[1, start:end], total)
+        subtract(total, base)
+        for i in range(2, matrix.shape[0]):
+            widen(matrix[i, start:end], row)
+            subtract(row, base)
+            add(total, row)
+        _step(base, total, factor, out[start:end])
+
+
+def warm(kind: Any) -> None:
+    """Have everything compiled for matrices of numpy dtype `kind`."""
+    matrix: Any = np.zeros((2, 2), kind)
+    products(matrix, np.zeros((1, 1, 2)))
+    for out in (np.zeros(2, np.float32), np.zeros(2, np.uint16)):
+        towards(matrix, ZERO, out)
