@@ -136,6 +136,18 @@ def test_ranks_found_by_tables_are_those_of_sorting(kind, row):
     assert (large(*arguments) == sorted_).all()
 
 
+@pytest.mark.parametrize("word", ["ties", "breadcrumbs"])
+def test_of_equal_differences_the_same_ones_belong(quick, tmp_path, monkeypatch, word):
+    """Where a cut lies among neighbours of one magnitude, what is kept is a matter of place."""
+    params = next(params for name, params in CASES if name == word)
+    base = torch.zeros(37, 2051)
+    plan = plan_of(word, params, [(base + step).bfloat16() for step in (0.0, 0.5, -0.25, 0.125)])
+    by_torch = built(plan, tmp_path / "torch")["y0"]
+    monkeypatch.setattr(kernels, "WORTH", dict.fromkeys(kernels.WORTH, 0))
+    assert torch.equal(by_torch, built(plan, tmp_path / "kernels")["y0"])
+    assert len(by_torch.unique()) > 1
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("word", ["linear", "ties"])
 def test_what_is_made_may_be_of_another_dtype(quick, tmp_path, monkeypatch, word, dtype):
@@ -173,6 +185,7 @@ def test_what_lies_in_a_range_is_collected_in_order(squeeze):
         pytest.skip("this LLVM has no operation for it")
     append = getattr(counting, squeeze)
     values = np.abs(np.random.default_rng(0).standard_normal(4 * counting.LANES, np.float32))
+    values[5], values[40] = 0.3, 0.9
     first, stop = np.array([0.3, 0.9], np.float32).view(np.uint32)
     out = np.zeros(values.size + counting.ROOM, np.uint32)
 
