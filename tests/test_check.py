@@ -3,11 +3,10 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from hub_server import HubServer
 from rich.console import Console
@@ -27,13 +26,7 @@ WEIGHTS = "model.safetensors"
 
 def shown(*arguments, code=0, cwd=None, env=None):
     """Standard output and error of a command."""
-    run = subprocess.run(
-        [sys.executable, "-m", "moeforge", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=env,
-    )
+    run = warm.moeforge(*arguments, cwd=cwd, env=env)
     assert run.returncode == code, run.stderr
     assert "Traceback" not in run.stderr
     return run.stdout, run.stderr

@@ -3,11 +3,10 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from blake3 import blake3
 from hub_server import HubServer
@@ -24,8 +23,7 @@ WEIGHTS = "model.safetensors"
 
 
 def run(*words, cwd, env=None, code=0):
-    command = [sys.executable, "-m", "moeforge", *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    done = warm.moeforge(*words, cwd=cwd, env=env)
     assert done.returncode == code, done.stderr
     return done
 

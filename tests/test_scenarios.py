@@ -6,12 +6,11 @@ warning, and `--strict` refuses it.
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import tiny
 import torch
+import warm
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny import edit_config
@@ -30,12 +29,7 @@ def run(tmp_path):
     def act(data, code, *options, command="check"):
         path = tmp_path / "recipe.yml"
         path.write_text(data if isinstance(data, str) else yaml.safe_dump(data, sort_keys=False))
-        done = subprocess.run(
-            [sys.executable, "-m", "moeforge", command, str(path), *map(str, options)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
+        done = warm.moeforge(command, path, *options, cwd=tmp_path)
         text = done.stdout + done.stderr
         assert done.returncode == code, text
         assert "Traceback" not in text

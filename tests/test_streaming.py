@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from hub_server import HubServer
 
@@ -65,10 +66,8 @@ NAMES = ("me/one", "me/two")
 
 def build(hub, place, recipe, *options, code=0):
     (place / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "moeforge", "build", "recipe.yml", "-o", "out"]
-    command += ["--no-verify", "--shard-size", "100kB", *options]
-    env = hub.env(place / "home")
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=60)
+    words = ["build", "recipe.yml", "-o", "out", "--no-verify", "--shard-size", "100kB", *options]
+    done = warm.moeforge(*words, cwd=place, env=hub.env(place / "home"), timeout=60)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
