@@ -28,7 +28,7 @@ class Tuned:
         seed: as given.
         learning_rate: the peak.
         routers: names of the changed tensors on disk.
-        unchanged: SHA-256 of everything else in each weights file, the same before and after.
+        unchanged: BLAKE3 of everything else in each weights file, the same before and after.
         history: every step.
         seconds: wall-clock time.
     """

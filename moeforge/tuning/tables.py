@@ -63,7 +63,7 @@ def tuned_json(tuned: Tuned) -> dict[str, Any]:
         "seed": tuned.seed,
         "learning_rate": tuned.learning_rate,
         "routers": list(tuned.routers),
-        "unchanged_sha256": dict(tuned.unchanged),
+        "unchanged_blake3": dict(tuned.unchanged),
         "history": [
             {"step": step.number, "loss": step.loss, "heldout": step.heldout, "load": [*step.load]}
             for step in tuned.history

@@ -5,7 +5,6 @@ Knows files of tensors and their headers; knows nothing of training.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge import catalog, families
 from moeforge.errors import BuildError, Finding
+from moeforge.hashes import BLAKE3, Digest, begin
 from moeforge.routing import Router
 from moeforge.shown import show_size
 from moeforge.sources import FileSpan
@@ -181,7 +181,7 @@ def patch(folder: Path, found: Sequence[Place], weights: Mapping[str, Tensor]) -
 
 
 def fingerprint(folder: Path, found: Sequence[Place]) -> dict[str, str]:
-    """Return the SHA-256 of every weights file in `folder`, its routers' bytes left out.
+    """Return the BLAKE3 of every weights file in `folder`, its routers' bytes left out.
 
     Headers and the order of the tensors count; so two checkpoints with equal fingerprints have
     the same tensors but for the routers.
@@ -197,7 +197,7 @@ def fingerprint(folder: Path, found: Sequence[Place]) -> dict[str, str]:
 
 
 def _hash(file: Path, without: Sequence[FileSpan]) -> str:
-    total, at = hashlib.sha256(), 0
+    total, at = begin(BLAKE3), 0
     with file.open("rb") as stream:
         for span in sorted(without, key=lambda span: span.offset):
             _take(stream, span.offset - at, total)
@@ -207,7 +207,7 @@ def _hash(file: Path, without: Sequence[FileSpan]) -> str:
     return total.hexdigest()
 
 
-def _take(stream: Any, count: int, total: Any) -> None:
+def _take(stream: Any, count: int, total: Digest) -> None:
     """Put the next `count` bytes of `stream` into the hash `total`."""
     while count:
         data = stream.read(min(count, _HASHED))
