@@ -226,6 +226,19 @@ assert gc.isenabled()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_inner_products_are_added_up_in_one_order():
+    """The merge itself shows of them no more than the rounded ratio."""
+    from moeforge.methods import Place
+    from moeforge.methods.model_stock import _products
+
+    inputs = torch.stack(models((37, 2051), torch.float32)).flatten(1)
+    by_torch = _products(inputs.clone(), Place((37, 2051), 0))
+    assert kernels.load(["differences", "products"], narrow=False)
+    by_kernels = _products(inputs, Place((37, 2051), 0))
+    assert len(by_torch) == 2
+    assert all((one == other).all() for one, other in zip(by_torch, by_kernels, strict=True))
+
+
 def test_every_method_with_kernels_is_compared_here():
     words = {word for word in catalog.names("methods") if methods.load(word).kernels}
     assert words == {word for word, _ in CASES}

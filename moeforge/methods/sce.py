@@ -13,7 +13,7 @@ from moeforge import kernels
 from moeforge.methods import Measurement, Method, Param, Params, Place, Scan
 from moeforge.methods._cut import Cut
 from moeforge.methods._select import cuts
-from moeforge.methods._sums import blocks, total
+from moeforge.methods._sums import blocks, result_of, total
 from moeforge.methods._task import FEW, deltas, divided, majority, summed
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ def _find_cut(share: float, place: Place) -> Measurement:
     import numpy as np
 
     def count(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
+        if (matrix := _matrix(tensors)) is not None:
+            from moeforge.kernels.varying import varied
+
+            return [(float(varied(matrix)),)]
         found = _variances(tensors)
         if found.device.type == "cuda":
             return [(float(found.count_nonzero()),)]
@@ -113,10 +117,10 @@ def merge(tensors: Tensor, params: Params, stats: tuple[Any, ...], place: Place)
 
         from moeforge.kernels.varying import sce
 
-        out = torch.empty(matrix.shape[1])
+        out = result_of(matrix.shape[1], place)
         limits = (np.float32(cut.value), cut.last + 1 - place.start) if cut else (np.float32(0), 0)
         shares = np.array(weights, np.float32)
-        sce(matrix, *limits, shares, np.float32(_TINY), cut is None, out.numpy())
+        sce(matrix, *limits, shares, np.float32(_TINY), cut is None, kernels.matrix(out))
         return out
     base, parts = tensors[0], _selected(tensors, cut, place)
     sign = majority(parts)
