@@ -203,6 +203,18 @@ def test_a_stopped_build_needs_what_is_left_of_it(llamas, tmp_path, monkeypatch)
     assert any("going on where the last run stopped" in note.what for note in built.notes)
 
 
+def test_running_the_result_is_counted_where_it_is_done(llamas, tmp_path, monkeypatch):
+    plan = moeforge.plan(mixture(*llamas))
+    base = needs.engine.INTERPRETER + needs.TRANSFORMERS
+    monkeypatch.setattr(needs, "free_memory", lambda: 16 * plan.parameters)
+    found = checking.check(mixture(*llamas)).needs
+    assert found.looking == base + plan.nbytes
+    assert "while the result is run" in text_of(needs.needs_table(found))
+    assert checking.check(linear(*llamas)).needs.looking == 0
+    monkeypatch.setattr(needs, "free_memory", lambda: 16 * plan.parameters - 1)
+    assert checking.check(mixture(*llamas)).needs.looking == 0
+
+
 def test_free_memory_is_what_the_machine_says():
     lines = dict(
         line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
