@@ -17,6 +17,23 @@ import tiny
 pytest_plugins = ["hub_clients"]
 
 
+LONG = [
+    *("stack_families", "docs", "fitted", "streaming", "expressions", "crash", "families"),
+    *("every_family", "forward", "hostile", "kernels", "cli", "quickstart", "ranks", "scenarios"),
+    *("methods", "prompting", "eval", "remote", "lock", "build_report"),
+]
+"""Files that take long, the longest first: begun last, one would keep a single core busy."""
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist's own order is by the number of tests
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A maker of tiny checkpoints: `models("llama", seed=1, num_hidden_layers=3)` -> folder.
