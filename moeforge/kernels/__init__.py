@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 
 _FIVE = ("differences", "drawing", "products", "ranking", "varying")
 WORTH = {"sums": 2**31, **dict.fromkeys(_FIVE, 2**29)}
-"""For each file here, elements of all inputs from which on a build gains more than the quarter of a
-second that numba takes to load."""
+"""For each file here, elements of all inputs from which on a build gains more than numba takes to
+load."""
 
 _loaded = False
 
@@ -53,20 +52,12 @@ def load(names: Iterable[str], *, narrow: bool) -> bool:
 
 @contextmanager
 def _quickly() -> Iterator[None]:
-    """Import numba in half the time.
-
-    Without looking through all that torch left in memory again and again, and without scipy: numba
-    would import it to see whether it has a BLAS, which nothing here multiplies with.
-    """
-    collects, hides = gc.isenabled(), not {"scipy", "numba"} & sys.modules.keys()
+    """Import numba without looking through all that torch left in memory again and again."""
+    collects = gc.isenabled()
     gc.disable()
-    if hides:
-        sys.modules["scipy"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        if hides:
-            del sys.modules["scipy"]
         if collects:
             gc.enable()
 
