@@ -266,8 +266,6 @@ def main() -> None:
             found.setdefault("floor", []).append(bench.floor(name))
             cold()
             found.setdefault("durable", []).append(bench.floor(name, "&& sync"))
-            proof = "&& sync && openssl dgst -sha256 copy/*.safetensors"  # coreutils is far slower
-            found.setdefault("proved", []).append(bench.floor(name, proof))
             found.setdefault("start", []).append(nothing.moeforge(name))
             if not number:
                 found["memory"] = [bench.moeforge(name, 0.05)]
@@ -290,7 +288,7 @@ def show(results: dict[str, dict[str, list[Run]]], size: str, rounds: int) -> No
         f"{size} B parameters, bfloat16, {rounds} rounds, {len(os.sched_getaffinity(0))} cores of "
         f"{model}, Python {platform.python_version()}, torch {torch.__version__}\n"
     )
-    heads = ["build", "seconds", "start-up", "floor", "ratio", "with sync", "and sha256"]
+    heads = ["build", "seconds", "start-up", "floor", "ratio", "with sync"]
     heads += ["CPU s", "of floor", "peak MB", "all MB"]
     rival = any("mergekit" in found for found in results.values())
     heads += (
@@ -301,7 +299,7 @@ def show(results: dict[str, dict[str, list[Run]]], size: str, rounds: int) -> No
     for name, found in results.items():
         start = median(found["start"], lambda r: r.seconds)
         own = median(found["moeforge"], lambda r: r.seconds) - start
-        floors = [median(found[k], lambda r: r.seconds) for k in ("floor", "durable", "proved")]
+        floors = [median(found[k], lambda r: r.seconds) for k in ("floor", "durable")]
         cells = [name, f"{own:.2f}", f"{start:.2f}", f"{floors[0]:.2f}"]
         cells += [f"{own / floor:.2f}" for floor in floors]
         cpu = [median(found[k], lambda r: r.cpu) for k in ("moeforge", "start", "floor")]
