@@ -403,6 +403,15 @@ def test_values_that_cannot_be_made_are_placed():
     ]
 
 
+def test_tags_that_do_not_fit_their_values_are_placed():
+    text = "models: []\nseed: !!int ''\nbase_model: !!bool maybe\ndtype: !!timestamp soon\n"
+    assert mistakes(text) == [
+        (2, "$.seed", '"" is not what the tag !!int says; leave it out'),
+        (3, "$.base_model", '"maybe" is not what the tag !!bool says; leave it out'),
+        (4, "$.dtype", '"soon" is not what the tag !!timestamp says; leave it out'),
+    ]
+
+
 def test_every_mistake_in_a_parameter_is_told():
     text = """\
 merge_method: linear

@@ -90,13 +90,16 @@ class _Reader:
             self._open.pop()
 
     def read_scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
+        shown = node.value if len(node.value) <= 30 else f"{node.value[:30]}…"
         try:
             return self.loader.construct_object(node)
         except ValueError:  # a number of thousands of digits, 2024-13-45
-            shown = node.value if len(node.value) <= 30 else f"{node.value[:30]}…"
             what = f"{shown} is neither a number nor a date; put it in quotes if it is a text"
-            self.findings.append(Finding(what, path=path, line=node.start_mark.line + 1))
-            return None
+        except (LookupError, AttributeError):  # how PyYAML fails at !!bool maybe, !!timestamp soon
+            tag = node.tag.replace(_TAG, "!!")
+            what = f'"{shown}" is not what the tag {tag} says; leave it out'
+        self.findings.append(Finding(what, path=path, line=node.start_mark.line + 1))
+        return None
 
     def read_mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
