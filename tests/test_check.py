@@ -266,7 +266,7 @@ def test_values_are_checked_before_any_tensor_is_planned(llamas, tmp_path):
     recipe["parameters"] = {}
     (warning, _) = checking.check(recipe).notes
     assert warning.warning
-    assert warning.what.endswith("got 1.5")
+    assert warning.what.endswith("got 1.5, which counts as 1")
 
 
 def test_names_that_are_no_models_say_what_may_be_meant(llamas, tmp_path):

@@ -90,13 +90,13 @@ class Combiner:
                     hint = nearest(name, known) or f" Known: {', '.join(sorted(known))}."
                     self.findings.error(f'unknown parameter "{name}"{hint}', path=path)
                     continue
-                if name in self.method.params:
-                    self._check_values(name, scope.settings[name], path)
                 if name not in self.method.params:
                     self.notes.error(
                         f'method {self.word} has no parameter "{name}"; it is unused', path=path
                     )
-                elif self.method.params[name].unused and name not in _WITHOUT_NOTE:
+                    continue
+                self._check_values(name, scope.settings[name], path)
+                if self.method.params[name].unused and name not in _WITHOUT_NOTE:
                     self.notes.error(f'"{name}" has no effect in {self.word}', path=path)
                 elif per_input and self.method.params[name].scope == "shared":
                     what = f'"{name}" is one value for all inputs of {self.word}; it is unused here'
@@ -115,9 +115,11 @@ class Combiner:
                     continue
                 if name in _SHARES and not 0 <= float(number) <= 1:
                     what = f"{name} is a share of a tensor's elements, got {value}"
-                    # mergekit takes more than 1 for 1, and so do all methods here.
-                    report = self.findings.error if float(number) < 0 else self.notes.warn
-                    report(what, "Give a number from 0 to 1.", path)
+                    fix = "Give a number from 0 to 1."
+                    if float(number) < 0:
+                        self.findings.error(what, fix, path)
+                    else:  # as in mergekit
+                        self.notes.warn(f"{what}, which counts as 1", fix, path)
 
     def check_inputs(self, count: int, base: int | None, path: Path) -> None:
         """Report too few or too many inputs, and a missing base."""
