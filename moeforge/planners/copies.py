@@ -16,8 +16,8 @@ MlpOf = Callable[[Model, int], Mapping[str, PlannedTensor]]
 """(model, layer) -> the tensors of its MLP there, by their names within it."""
 
 _ADAPTER = (
-    "Train the adapter with the MLP's projections among its target_modules, or merge it: a mixture "
-    "takes nothing but MLPs from its experts."
+    "Train the adapter with the MLP's projections among its target_modules, or give it to the "
+    "base: a mixture takes nothing but MLPs from its experts."
 )
 _MODEL = "Leave it out, or give a model that was trained: of experts nothing but MLPs is taken."
 
@@ -57,10 +57,13 @@ def _made(places: list[tuple[Model, int]], mlp_of: MlpOf) -> Hashable:
 
 
 def _bytes(model: Model, tensor: PlannedTensor) -> Hashable:
-    """Return where a tensor's bytes lie, by the file itself: it may have several names."""
-    read = tensor.expr
-    span = lies(model.sources[read.source], read.name) if isinstance(read, Read) else None
+    """Return where a tensor's bytes lie, by the file itself: it may have several names.
+
+    Of one that is computed, or not here yet, what it is made of.
+    """
+    made = tensor.expr
+    span = lies(model.sources[made.source], made.name) if isinstance(made, Read) else None
     if span is None or not span.path.exists():
-        return read
+        return made
     file = span.path.stat()
     return file.st_dev, file.st_ino, span.offset
