@@ -96,8 +96,8 @@ def experts(
     offline = bool(settings.get("offline", False))
     mixed = _opened(str(model), offline=offline)
     _refuse_unclear(keep, drop, keep_most, text, add, refit)
-    changes = [keep, drop, duplicate, keep_most, refit, top_k, dtype]
-    if not any(changes):
+    given = any(option is not None for option in (keep_most, refit, top_k, dtype))
+    if not (given or keep or drop or duplicate):
         fix = "Give --keep, --drop, --duplicate, --keep-most, --add, --refit or --top-k."
         raise PlanError(Finding(f"nothing about the experts of {model} is to change", fix))
     if keep_most is not None:
