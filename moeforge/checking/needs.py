@@ -81,10 +81,8 @@ class Needs:
     def errors(self) -> list[Finding]:
         """Return what the disks cannot hold."""
         here, there = show_size(self.disk), show_size(self.download)
-        room = "Choose another disk with -o"
-        room += (
-            f", or write dtype: bfloat16 (saves {show_size(self.saved)})." if self.saved else "."
-        )
+        less = f", or write dtype: bfloat16 (saves {show_size(self.saved)})" if self.saved else ""
+        room = f"Choose another disk with -o{less}."
         if self.download and self.cache and _device(self.folder) == _device(self.cache):
             if self.disk + self.download <= self.disk_free:
                 return []
@@ -93,10 +91,9 @@ class Needs:
             return [Finding(what, room)]
         found = []
         if self.disk > self.disk_free:
-            left = f" beside {self.kept} files that are there" if self.kept else ""
-            what = (
-                f"the output takes {here}{left}, {self.folder} has {show_size(self.disk_free)} free"
-            )
+            left = f"what is left of the output ({self.files - self.kept} of {self.files} files)"
+            what = f"{left if self.kept else 'the output'} takes {here}, "
+            what += f"{self.folder} has {show_size(self.disk_free)} free"
             found.append(Finding(what, room))
         if self.download > self.cache_free:
             free = show_size(self.cache_free)
@@ -110,7 +107,7 @@ class Needs:
         if self.memory > self.memory_free:
             what = f"the build takes about {show_size(self.memory)} of memory, "
             what += f"{show_size(self.memory_free)} are free"
-            fix = "Fewer --threads or --memory make slices smaller; end other programs."
+            fix = "Fewer --threads or less --memory make slices smaller; end other programs."
             found.append(Finding(what, fix, warning=True))
         if self.gpu and self.gpu_free is not None and self.gpu > self.gpu_free:
             what = f"the GPU needs about {show_size(self.gpu)}, {show_size(self.gpu_free)} are free"
