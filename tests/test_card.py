@@ -190,6 +190,7 @@ def test_method_and_parameters(llamas, tmp_path):
     assert "`density: 0.5`" in text
     assert "`weight: 0.2 to 0.4`" in text
     assert "dare_ties" in ModelCard.load(tmp_path / "out" / "README.md").data.tags
+    assert f"| `{folders[0]}` | base; config and tokenizer | local folder |" in text
 
 
 def test_cards_of_surgery_say_which_experts_of_what(hub, tmp_path):

@@ -16,7 +16,7 @@ from moeforge.output.cards.strangers import read_card
 from moeforge.output.folder import has_tokenizer
 from moeforge.output.lock import commit_of
 from moeforge.plans import ROUTERS, Merge, Plan, Read, walk
-from moeforge.recipe import AVERAGE, ExtractRecipe, MergeRecipe, MoeRecipe, Recipe, RegroupRecipe
+from moeforge.recipe import AVERAGE, Combination, ExtractRecipe, MoeRecipe, Recipe, RegroupRecipe
 from moeforge.recipe import Expert as Wanted
 from moeforge.sources import Source
 from moeforge.sources.folder import module_folders
@@ -131,8 +131,8 @@ def _roles(
 
 
 def _base(recipe: Recipe) -> str:
-    """Return what a merge calls its base; "" for none."""
-    return str(recipe.base_model or "") if isinstance(recipe, MergeRecipe) else ""
+    """Return what a merge or a stack calls its base; "" for none."""
+    return str(recipe.base_model or "") if isinstance(recipe, Combination) else ""
 
 
 def _mixtures(recipe: Recipe) -> Iterator[object]:

@@ -9,6 +9,7 @@ from moeforge.markdown import amount, block, code, plain, shortened, table
 from moeforge.output.cards.facts import Facts, Mixture, Parent
 from moeforge.output.cards.kept import BEGIN, END
 from moeforge.output.cards.licences import shown, together
+from moeforge.shown import show_size
 
 _CODE = (
     "`trust_remote_code=True` runs {names} of this repository on your machine, with your rights. "
@@ -117,11 +118,9 @@ def _size(facts: Facts) -> str:
     active = (
         f", {amount(facts.active)} active per token" if facts.active != facts.parameters else ""
     )
-    size = facts.nbytes / 1e9, facts.nbytes / 1e6
-    memory = f"{size[0]:.2f} GB" if facts.nbytes >= 1e7 else f"{size[1]:.2f} MB"
     return (
         f"{amount(facts.parameters)} parameters{active}; {plain(facts.dtype)} weights, which take "
-        f"{memory} of memory to load."
+        f"{show_size(facts.nbytes)} of memory to load."
     )
 
 
