@@ -157,6 +157,17 @@ def test_copies_wait_for_what_is_hashed_but_for_one(whole, tmp_path, monkeypatch
     assert told == ({"f": Sealed(blake3(data).hexdigest(), 400)} if whole else {})
 
 
+def test_headers_of_files_to_come_hold_back_no_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(seal, "_BEHIND", 100)
+    copy = CopyJob("y", A, FileSpan(tmp_path, 0, 1), BY_NAME["uint8"], "f", 200, None)
+    shards = [Shard("f", bytes(200), (), 201)]
+    with seal.Sealer(tmp_path, shards, [copy], 2, {}.__setitem__) as sealer:
+        worker = threading.Thread(target=sealer.complete, args=(copy,))
+        worker.start()
+        worker.join(1)
+        assert not worker.is_alive()
+
+
 class Failing(MemorySource):
     def read(self, name, start, out):
         if start > 2**20:

@@ -64,6 +64,8 @@ CUDA_INTERPRETER = 760_000_000
 """The same with CUDA, what it holds on the host included, measured."""
 COPY_INTERPRETER = 60_000_000
 """The same where everything is copied and torch is never imported."""
+COPYING = 3 * 2**20
+"""Bytes that each worker takes then: what it copies at a time, the look at it, and the hash's."""
 PER_TENSOR = 1300
 """Bytes that the plan takes for each tensor that is read or written; see docs/scale.md."""
 
@@ -159,7 +161,7 @@ def peak_memory(plan: Plan, settings: Settings, slice_elements: int | None = Non
     read = sum(len(source.specs()) for source in plan.sources.values())
     planned = PER_TENSOR * (len(plan.tensors) + read)
     if is_copy_only(plan):
-        return COPY_INTERPRETER + planned
+        return COPY_INTERPRETER + planned + settings.workers * COPYING
     size = slice_elements or settings.slice_for(plan)
     buffers, reads, bands = buffers_needed(plan)
     parts = (part for tensor in plan.tensors for part in walk(tensor.expr))
@@ -236,8 +238,8 @@ def run(
                 fetcher.start()
 
             def complete(job: CopyJob | MergeJob) -> None:
+                fetcher.complete(job)  # before the other, which may wait: used-up files go at once
                 sealer.complete(job)
-                fetcher.complete(job)
 
             _do(plan, jobs, settings, told, begun, complete)
             total = sum(e.tensor.spec.nbytes for s in wanted for e in s.entries)

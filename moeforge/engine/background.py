@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
 from typing import TypeVar
 
 Self = TypeVar("Self", bound="Background")
@@ -35,12 +34,7 @@ class Background:
     def __enter__(self: Self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *ended: object) -> None:
         with self._change:
             self._stop = True
             self._change.notify_all()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from moeforge.engine.background import Background
 from moeforge.engine.jobs import CopyJob, MergeJob
@@ -54,6 +53,8 @@ class Sealer(Background):
         self._complete: set[int] = set()
         self._first = dict.fromkeys(self._jobs, 0)
         self._ends = dict.fromkeys(self._jobs, 0)
+        # Headers are not counted: those of files whose turn has not come would hold back copies,
+        # for ever where a copy before them has failed.
         self._behind = 0
         # One worker never waits, so that there is always something to hash. Those that compute
         # may be other processes, and take longer than hashing.
@@ -68,7 +69,7 @@ class Sealer(Background):
         """Say that all bytes of `job` are written; of copies, return when more are wanted."""
         with self._change:
             self._complete.add(id(job))
-            self._move(job.shard)
+            self._behind += self._move(job.shard)
             self._change.notify_all()
             if self._spare:
                 self._spare -= 1
@@ -92,13 +93,8 @@ class Sealer(Background):
         self.check()
         return self.result
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *ended: object) -> None:
+        super().__exit__(*ended)
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -115,14 +111,14 @@ class Sealer(Background):
             self.result[shard.name] = found
             self._told(shard.name, found)
 
-    def _move(self, name: str) -> None:
-        """Find out how far file `name` is complete."""
+    def _move(self, name: str) -> int:
+        """Find out how far file `name` is complete; return how many bytes more that is."""
         jobs, first = self._jobs[name], self._first[name]
         while first < len(jobs) and id(jobs[first]) in self._complete:
             first += 1
         self._first[name], before = first, self._ends[name]
         self._ends[name] = jobs[first].offset if first < len(jobs) else self._sizes[name]
-        self._behind += self._ends[name] - before
+        return self._ends[name] - before
 
     def _written(self, shard: Shard, known: int) -> int | None:
         """Wait until more than `known` bytes are complete; return how many, None to stop."""

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from moeforge.errors import BuildError, Finding
 from moeforge.output.layout import Shard
@@ -43,12 +42,7 @@ class OutputFiles:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *ended: object) -> None:
         self._close()
 
     def _close(self) -> None:
