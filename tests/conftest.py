@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: tiny real models, made once a session."""
+"""Fixtures shared by all tests, tiny real models; and the order in which files of tests run."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from subprocess import CompletedProcess
 
+# test_ranks runs a function of its own in them.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["torch", "moeforge.cli", "moeforge.forge", "moeforge.engine.evaluate", "test_ranks"]

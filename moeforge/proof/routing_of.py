@@ -24,6 +24,7 @@ from moeforge.proof.loading import (
 from moeforge.proof.route import Domain, Progress, experts_of, measure
 from moeforge.proof.route_report import Mapping, RouteReport
 from moeforge.recipe import prompts
+from moeforge.shown import show_size
 from moeforge.sources import Source, open_source
 from moeforge.system import free_memory
 
@@ -147,7 +148,7 @@ def short(
     needed, free = size_of(source, "float32"), free_memory()
     if needed > SHORT_PART * free:
         what = "where tokens go was not measured: in float32 the result takes "
-        what += f"{needed / 1e9:.1f} GB, more than a quarter of {free / 1e9:.1f} GB free memory"
+        what += f"{show_size(needed)}, more than a quarter of {show_size(free)} free memory"
         return Finding(what, f"Run it: moeforge route {name} --prompts FILE…")
     with loaded(source, "auto", "cpu", None, False) as run:
         return look(run.model)

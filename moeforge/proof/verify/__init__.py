@@ -10,6 +10,7 @@ from typing import Any
 
 from moeforge.bars import counted
 from moeforge.errors import MoeforgeError
+from moeforge.output.locked import Locked, locked_files
 from moeforge.proof.verify import child, files
 from moeforge.proof.verify.checks import FAILED, OK, SKIPPED, Check, Verified, judged, skipped
 from moeforge.proof.verify.values import Progress, check_values
@@ -91,9 +92,9 @@ def _read_all(
 ) -> list[Check]:
     """Check values and lock."""
     try:
-        locked = files.locked_files(source.folder)
+        locked = locked_files(source.folder)
     except MoeforgeError as error:
-        values, _ = check_values(source, files.Locked(), sealed, progress)
+        values, _ = check_values(source, Locked(), sealed, progress)
         return [values, judged("lock", error.findings)]
     values, digests = check_values(source, locked, sealed, progress)
     if not locked.files:

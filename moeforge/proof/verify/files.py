@@ -7,20 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from moeforge.errors import Finding, MoeforgeError
-from moeforge.output.locked import Locked, differences, locked_files
+from moeforge.output.locked import Locked, differences
 from moeforge.proof.verify.checks import OK, Check, judged, skipped
 from moeforge.sources.folder import INDEX, SINGLE, FolderSource, read_json
 from moeforge.sources.header import read_header
 from moeforge.vocabulary import chat
-
-__all__ = [
-    "Locked",
-    "check_files",
-    "check_lock",
-    "check_special_ids",
-    "check_template",
-    "locked_files",
-]
 
 _IDS = tuple(
     f"{role}_token_id"

@@ -12,6 +12,7 @@ from moeforge.errors import Finding, MoeforgeError
 from moeforge.forward import quiet
 from moeforge.proof.loading import brings_code, is_ours, loaded, reason, size_of
 from moeforge.proof.verify.checks import OK, Check, judged, skipped
+from moeforge.shown import show_size
 from moeforge.sources.folder import FolderSource
 from moeforge.vocabulary import present
 
@@ -165,7 +166,7 @@ def _load_and_run(
     if whole:
         return [load, tokens, _forward(model.eval(), config, ids)]
     if forward is None:
-        why = f"its {size / 1e9:.1f} GB are more than a quarter of the free memory"
+        why = f"its {show_size(size)} are more than a quarter of the free memory"
         how = f"`moeforge verify {source.folder} --forward` streams it from disk"
         return [load, tokens, *skipped(f"{why}; {how}", "forward")]
     try:
