@@ -17,7 +17,7 @@ from moeforge import kernels, methods
 from moeforge import workers as threads
 from moeforge.engine import processes
 from moeforge.engine.fetch import Fetcher
-from moeforge.engine.jobs import CopyJob, MergeJob, jobs_of
+from moeforge.engine.jobs import CopyJob, MergeJob, are_copies, jobs_of
 from moeforge.engine.pool import Pool
 from moeforge.engine.seal import Sealer
 from moeforge.engine.writer import OutputFiles
@@ -246,13 +246,9 @@ def run(
             return {**had, **sealer.finish(lambda: told(total))}
 
 
-def _copies(jobs: list[CopyJob | MergeJob]) -> bool:
-    return all(isinstance(job, CopyJob) for job in jobs)
-
-
 def _workers(plan: Plan, jobs: list[CopyJob | MergeJob], settings: Settings) -> tuple[int, bool]:
     """Return how many workers there will be, and whether they are processes of their own."""
-    if _copies(jobs):
+    if are_copies(jobs):
         return settings.workers, False
     elements = sum(job.size for job in jobs)
     workers = min(settings.workers, len(jobs), -(-elements // CHUNK))
@@ -287,7 +283,7 @@ def _do(
         complete: told each job that is done.
     """
     workers, forks = _workers(plan, jobs, settings)
-    if _copies(jobs):
+    if are_copies(jobs):
         begun()
         Pool(workers, progress, complete).run(jobs, lambda: None)
         return

@@ -353,6 +353,11 @@ def _span(plan: Plan, expr: Expr, spec: TensorSpec) -> tuple[Read, FileSpan] | N
     return read, FileSpan(whole.path, at, spec.nbytes)
 
 
+def are_copies(jobs: Sequence[CopyJob | MergeJob]) -> bool:
+    """Say whether nothing is computed by any of `jobs`."""
+    return all(isinstance(job, CopyJob) for job in jobs)
+
+
 def jobs_of(plan: Plan, shards: Sequence[Shard], files: Sink) -> list[CopyJob | MergeJob]:
     """Return the jobs of `plan` in the order of the output."""
     jobs: list[CopyJob | MergeJob] = []

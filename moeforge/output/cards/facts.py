@@ -111,7 +111,7 @@ class Facts:
     Attributes:
         version: the moeforge that built the model.
         name: of the model.
-        kind: "moe", "stack" or "merge".
+        kind: "moe", "stack", "merge", "extraction" or "regrouping".
         architecture: class in transformers.
         model_type: the same as config.json names it.
         pipeline: the Hub's word for its task; empty where none is known.
