@@ -98,7 +98,7 @@ def test_chats_can_be_compared_like_texts(llamas, tmp_path):
     (template,) = forge.check(recipe).errors
     assert "has no chat template" in template.what
     recipe = mixture(llamas, tmp_path, *["prompts_file: chat.jsonl"] * 2)
-    finding, template = forge.check(recipe).errors
+    template, finding = forge.check(recipe).errors
     assert "has no chat template" in template.what
     assert "experts[0] has the same prompts" in finding.what
     assert (finding.path, finding.line) == (("experts", 1), 5)
