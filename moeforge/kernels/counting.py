@@ -93,7 +93,8 @@ def _reaching(values: Any, stop: Any) -> Any:
 
 
 @compiled
-def _equal(values: Any, value: Any) -> Any:
+def equal(values: Any, value: Any) -> Any:
+    """Return how many of `values` are equal to `value`."""
     count = np.int32(0)
     for j in range(values.size):
         count += np.int32(values[j] == value)
@@ -199,9 +200,9 @@ def tallies(matrix: Any, which: Any, limits: Any, room: Any, found: Any) -> None
             first, stop, low, high = limits[i]
             found[i, 0] += _reaching(row, stop)
             if low == low:
-                found[i, 1] += _equal(row, low)
+                found[i, 1] += equal(row, low)
             if high == high:
-                found[i, 2] += _equal(row, high)
+                found[i, 2] += equal(row, high)
             if first < stop:
                 width = np.uint32(borders[i, 1] - borders[i, 0])
                 here = bits[1, : end - start]

@@ -24,18 +24,20 @@ def _difference(values: Any, base: Any, room: Any, out: Any) -> None:
 
 
 @compiled
-def products(matrix: Any, lanes: Any) -> None:
+def products(matrix: Any, first: Any, last: Any, lanes: Any) -> None:
     """Add products of the differences from the first row to `lanes`.
 
     Args:
         matrix: base and models.
+        first: element to begin with.
+        last: element to end before.
         lanes: float64 [models, models, a divisor of STRETCH]: of each pair, the lower number first,
             Σ of the products of elements whose numbers leave the same remainder, in their order.
     """
     models, count = matrix.shape[0] - 1, lanes.shape[2]
     room, wide = np.empty((2, STRETCH), np.float32), np.empty((models, STRETCH), np.float64)
-    for start in range(0, matrix.shape[1], STRETCH):
-        end = min(start + STRETCH, matrix.shape[1])
+    for start in range(first, last, STRETCH):
+        end = min(start + STRETCH, last)
         size = end - start
         widen(matrix[0, start:end], room[0, :size])
         for i in range(models):
@@ -43,8 +45,8 @@ def products(matrix: Any, lanes: Any) -> None:
             _difference(row, room[0, :size], room[1, :size], wide[i, :size])
         for i in range(models):
             for k in range(i, models):
-                for first in range(0, size, count):
-                    part = slice(first, min(first + count, size))
+                for at in range(0, size, count):
+                    part = slice(at, min(at + count, size))
                     _add_products(lanes[i, k], wide[i, part], wide[k, part])
 
 
@@ -82,6 +84,6 @@ def towards(matrix: Any, factor: Any, out: Any) -> None:
 def warm(kind: Any) -> None:
     """Have everything compiled for matrices of numpy dtype `kind`."""
     matrix: Any = np.zeros((2, 2), kind)
-    products(matrix, np.zeros((1, 1, 2)))
+    products(matrix, 0, 2, np.zeros((1, 1, 2)))
     for out in (np.zeros(2, np.float32), np.zeros(2, np.uint16)):
         towards(matrix, ZERO, out)

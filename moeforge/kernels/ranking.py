@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moeforge.kernels.counting import ROOM, collect
+from moeforge.kernels.counting import ROOM, collect, equal
 from moeforge.kernels.rows import compiled
 
 _BINS, _SHIFT = 2**11, np.uint32(16)
@@ -60,14 +60,6 @@ def _smaller(bits: Any, value: Any) -> Any:
 
 
 @compiled
-def _equal(bits: Any, value: Any) -> Any:
-    count = np.int32(0)
-    for j in range(bits.size):
-        count += np.int32(bits[j] == value)
-    return count
-
-
-@compiled
 def _ranks(bits: Any) -> Any:
     """Return the ranks of all elements: sorted digit by digit, the lowest first."""
     tables = np.zeros((_DIGITS, 1 << _DIGIT), np.int32)
@@ -107,21 +99,21 @@ def _part(
     start: Any,
 ) -> Any:
     """Choose among the elements of a part of a row; append those left open to `late`."""
-    surely, low, high = limits
+    surely, maybe = limits
     words, opened = room[0], room[1]
     for j in range(drawn.size):
         draw = np.int32(drawn[j]) + _HALF
         kept[j] = np.uint8(draw < surely)
         words[j] = (np.uint32(draw) << _PLACE) | np.uint32(j)
-    width = np.uint32(high - low) << _PLACE
-    found = collect(words[: drawn.size], np.uint32(low) << _PLACE, width, opened, np.uint64(0))
+    first, width = np.uint32(surely) << _PLACE, np.uint32(maybe - surely) << _PLACE
+    found = collect(words[: drawn.size], first, width, opened, np.uint64(0))
     for k in range(found):
         j, need = np.int64(opened[k] & np.uint32(_PART - 1)), needed[opened[k] >> _PLACE]
         where = _bin(bits[j], least)
-        first, next_ = below[where], below[where + 1]
-        kept[j] = np.uint8(first >= need)
+        rank, next_ = below[where], below[where + 1]
+        kept[j] = np.uint8(rank >= need)
         late[count] = start + j
-        count += np.int64((first < need) & (need < next_))
+        count += np.int64((rank < need) & (need < next_))
     return count
 
 
@@ -144,7 +136,7 @@ def _settle(bits: Any, late: Any, drawn: Any, needed: Any, kept: Any) -> None:
         for k in range(i, late.size):
             at = np.int64(late[k])
             if at >= 0 and bits[at] == value:
-                rank += _equal(bits[before:at], value)
+                rank += equal(bits[before:at], value)
                 kept[at] = np.uint8(rank >= needed[np.int32(drawn[at]) + _HALF])
                 late[k], before = -1, at
 
@@ -157,8 +149,8 @@ def choose(bits: Any, row: Any, drawn: Any, limits: Any, needed: Any, kept: Any)
         bits: uint32 [elements], of magnitudes in float32; whole rows.
         row: elements of a row.
         drawn: int16 [elements].
-        limits: int32 [3]: draws below the first, as unsigned numbers, keep whatever the rank; but
-            from the second on, and below the third, the rank decides.
+        limits: int32 [2]: draws below the first, as unsigned numbers, keep whatever the rank; from
+            the second on they keep nothing.
         needed: int32 [2¹⁶], for each draw the least rank that is kept.
         kept: uint8 [elements].
     """
@@ -166,7 +158,7 @@ def choose(bits: Any, row: Any, drawn: Any, limits: Any, needed: Any, kept: Any)
     room = np.empty((2, part + ROOM), np.uint32)
     late = np.empty(row + 1, np.int32)
     tables, below = np.empty((4, _BINS), np.int32), np.empty(_BINS + 1, np.int32)
-    three = (limits[0], limits[1], limits[2])
+    both = (limits[0], limits[1])
     for start in range(0, bits.size, row):
         here = bits[start : start + row]
         high = np.uint32(0)
@@ -180,7 +172,7 @@ def choose(bits: Any, row: Any, drawn: Any, limits: Any, needed: Any, kept: Any)
             count = _part(
                 here[first:end],
                 drawn[start + first : start + end],
-                three,
+                both,
                 needed,
                 least,
                 below,
@@ -195,6 +187,6 @@ def choose(bits: Any, row: Any, drawn: Any, limits: Any, needed: Any, kept: Any)
 
 def warm(kind: Any) -> None:
     """Have everything compiled; magnitudes are float32."""
-    limits, needed = np.zeros(3, np.int32), np.zeros(2**16, np.int32)
+    limits, needed = np.zeros(2, np.int32), np.zeros(2**16, np.int32)
     bits, kept = np.zeros(2, np.uint32), np.zeros(2, np.uint8)
     choose(bits, 2, np.zeros(2, np.int16), limits, needed, kept)

@@ -60,8 +60,9 @@ def _products(tensors: Tensor, place: Place) -> list[Any]:
     if (matrix := kernels.matrix(tensors)) is not None:
         from moeforge.kernels.products import products as compiled
 
+        # By numbers, not slices: numba compiles for matrices whose rows follow one another.
         for i, found in enumerate(lanes):
-            compiled(matrix[:, i * BLOCK : (i + 1) * BLOCK], found)
+            compiled(matrix, i * BLOCK, min((i + 1) * BLOCK, matrix.shape[1]), found)
         return list(lanes.sum(-1))
     for found, block in zip(lanes, blocks(deltas(tensors)), strict=True):
         missing = -block.shape[1] % _LANES
