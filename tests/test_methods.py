@@ -475,7 +475,7 @@ def test_parameters_and_defaults_are_those_of_mergekit():
 @pytest.mark.parametrize("word", ["della", "della_linear"])
 @pytest.mark.parametrize(
     ("density", "epsilon", "fine"),
-    [(0.5, 0.5, False), (0.2, 0.3, False), (0.9, 0.1, False)]
+    [(0.5, 0.5, False), (0.2, 0.3, False), (0.9, 0.1, False), (0.5, -0.1, False)]
     + [(d, e, True) for d, e in [(0.5, 0.49), (1.0, 0.9), (0.0, 0.5), (0.5, 0.0)]],
 )
 def test_della_keeps_with_probabilities_between_zero_and_one(llamas, word, density, epsilon, fine):

@@ -1,7 +1,8 @@
 """Owns DELLA's thinning: within each row, the larger a delta the likelier it is kept.
 
 Source: Deep et al., "DELLA-Merging", arXiv 2406.11617. In memory: the rows of one block, as keys of
-eight bytes, and their sorted copy; only rows are sorted, never a tensor.
+eight bytes, and their sorted copy; only rows are sorted, never a tensor. Compiled, long ones are
+not sorted at all: see `kernels.ranking`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ _SHORT = 2**9
 
 
 def check(params: Params) -> str:
-    """Refuse probabilities outside of 0 to 1."""
+    """Refuse probabilities outside of 0 to 1, and those that fall with magnitude."""
     for density, epsilon in zip(densities(params), params["epsilon"][1:], strict=True):
-        if 0 < density < 1 and not (epsilon < density < 1 - epsilon):
-            return f"density ± epsilon must be above 0 and below 1, here {density} ± {epsilon}"
+        if 0 < density < 1 and not (0 <= epsilon < density < 1 - epsilon):
+            more = "" if epsilon >= 0 else ", and epsilon 0 or more"
+            found = f"{density} ± {epsilon}"
+            return f"density ± epsilon must be above 0 and below 1{more}, here {found}"
     return ""
 
 
@@ -91,7 +94,7 @@ def large(index: int, magnitudes: Tensor, params: Params, place: Place) -> Any:
         from moeforge.kernels.ranking import choose
 
         found = np.empty(values.size, np.uint8)
-        limits = np.array([surely, *sorted((surely, maybe))], np.int32)
+        limits = np.array([surely, maybe], np.int32)
         choose(values.view(np.uint32), row, drawn, limits, needed, found)
         return found.view(np.bool_)
     bits = values.view(np.int32).reshape(-1, row)
