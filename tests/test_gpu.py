@@ -78,6 +78,12 @@ def test_all_gpus_are_used_unless_one_is_named():
     assert engine.devices_of("cuda:0") == ["cuda:0"]
 
 
+def test_without_a_gpu_torch_is_asked_for_one(monkeypatch):
+    """Then it says what is missing."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert engine.devices_of("cuda") == ["cuda"]
+
+
 @needs_gpu
 def test_a_gpu_without_memory_gives_way(llamas, tmp_path, monkeypatch):
     """What is asked for beyond a limit fails as it does on a card that is full."""
@@ -135,6 +141,7 @@ def test_sums_of_blocks_do_not_depend_on_what_lies_beside_them():
         assert torch.equal(_gpu.block_sums(block)[:, 0], sums[:, number])
         exact = block.double().sum(1)
         assert torch.allclose(sums[:, number].double(), exact, rtol=0, atol=2e-4)
+    assert _gpu.block_sums(values[:, :0]).tolist() == [[0.0]] * 3
 
 
 def test_gram_matrices_are_those_of_float64():
@@ -151,15 +158,18 @@ def test_draws_are_those_of_the_cpu(start):
     assert found.numpy().tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("row", [1, 7, 512])
-def test_ranks_are_those_of_the_cpu(row):
+@pytest.mark.parametrize(
+    ("row", "density", "epsilon"),
+    [(1, 0.4, 0.2), (7, 0.4, 0.2), (512, 0.4, 0.2), (512, 0.9, 0.0999999)],
+)
+def test_ranks_are_those_of_the_cpu(row, density, epsilon):
     # Of bfloat16, so that many are equal and rank by position.
     delta = torch.randn(row * 40, generator=torch.Generator().manual_seed(3)).bfloat16().float()
-    params = {"key": 11, "density": (None, 0.4), "epsilon": (None, 0.2)}
+    params = {"key": 11, "density": (None, density), "epsilon": (None, epsilon)}
     expected, start = delta.clone(), 5 * row
     _rank.thin_by_rank(0, expected, params, None, Place((90, row), start))
     drawn = _gpu.draws(_random.derive(11, 0), start, len(delta), delta.device)
-    surely, maybe, needed = _rank._ranks_needed(0.4, 0.2, row)
+    surely, maybe, needed = _rank._ranks_needed(density, epsilon, row)
     _gpu.thin(delta, row, drawn, surely, maybe, torch.from_numpy(needed))
     assert torch.equal(delta, expected)
     assert 0 < int(delta.count_nonzero()) < len(delta)

@@ -21,8 +21,12 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 def block_sums(values: Tensor) -> Tensor:
-    """Return the sums of the blocks of the last dimension: [..., elements] to [..., blocks]."""
-    missing = -values.shape[-1] % BLOCK
+    """Return the sums of the blocks of the last dimension: [..., elements] to [..., blocks].
+
+    Of no elements there is one block, as on the CPU.
+    """
+    count = values.shape[-1]
+    missing = max(-(-count // BLOCK), 1) * BLOCK - count
     if missing:
         values = torch.nn.functional.pad(values, (0, missing))
     values = values.reshape(*values.shape[:-1], -1, BLOCK)
@@ -93,9 +97,10 @@ def thin(delta: Tensor, row: int, drawn: Tensor, surely: int, maybe: int, needed
     """
     keys = delta.abs().float().view(torch.int32).view(-1, row).to(torch.int64)
     keys = (keys << 32) | torch.arange(row, device=delta.device)
-    kept = drawn < surely - 2**15
-    undecided = (drawn < maybe - 2**15) & ~kept
-    ranks = needed.to(delta.device)[drawn.int() + 2**15].long().clamp_(max=row - 1)
+    draw = drawn.int() + 2**15
+    kept = draw < surely
+    undecided = (draw < maybe) & ~kept
+    ranks = needed.to(delta.device)[draw].long().clamp_(max=row - 1)
     bound = keys.sort(dim=1).values.gather(1, ranks.view(-1, row))
     delta.mul_(kept | (undecided & (keys >= bound).view(-1)))
 
