@@ -61,9 +61,9 @@ COMPILER = 130_000_000
 CONTEXT = 500_000_000
 """Bytes that a GPU takes for itself in a process that uses it."""
 CUDA_INTERPRETER = 760_000_000
-"""The same with CUDA, what it holds on the host included, measured."""
+"""Bytes that Python and torch take with CUDA, what it holds on the host included, measured."""
 COPY_INTERPRETER = 60_000_000
-"""The same where everything is copied and torch is never imported."""
+"""Bytes that Python takes where everything is copied and torch is never imported."""
 COPYING = 3 * 2**20
 """Bytes that each worker takes then: what it copies at a time, the look at it, and the hash's."""
 PER_TENSOR = 1300
@@ -319,7 +319,8 @@ def devices_of(device: str) -> list[str]:
         return [device]
     import torch
 
-    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    # Where there is none, torch says why when it is used.
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or [device]
 
 
 def multiplies(plan: Plan) -> bool:
