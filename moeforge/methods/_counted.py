@@ -126,9 +126,10 @@ def merge(pieces: Sequence[Counted]) -> Counted:
 
 
 def limit(most: int) -> Callable[[Sequence[Counted]], list[Counted]]:
-    """Return a join of a chunk's pieces that holds about `most` values, and no more than
-    2 ** RESOLUTION if there are more.
-    """  # noqa: D205
+    """Return a join of a chunk's pieces that holds about `most` values.
+
+    Where there are more distinct ones, it holds no more than 2 ** RESOLUTION.
+    """
 
     def many(pieces: Sequence[Counted]) -> bool:
         return sum(len(piece.values) for piece in pieces) > most

@@ -297,7 +297,7 @@ def cuts(
         return any(target.cut is None for target in targets)
 
     def counter() -> Callable[[Tensor, Place], list[Any] | None]:
-        """Return what counts in one pass, compiled; it gives None where it cannot."""
+        """Return what counts in one pass, compiled or on a GPU; None where it cannot."""
         import numpy as np
 
         wanting = [target for target in targets if target.cut is None]
