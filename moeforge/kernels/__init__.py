@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FIVE = ("differences", "drawing", "products", "ranking", "varying")
-WORTH = {"sums": 2**31, **dict.fromkeys(_FIVE, 2**29)}
+WORTH = {"sums": 2**32, **dict.fromkeys(_FIVE, 2**29)}
 """For each file here, elements of all inputs from which on a build gains more than numba takes to
 load."""
 
