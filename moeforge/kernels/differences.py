@@ -12,7 +12,7 @@ from moeforge.kernels.rows import (
     STRETCH,
     ZERO,
     compiled,
-    majority_of,
+    majority,
     store,
     subtract,
     wide,
@@ -179,7 +179,7 @@ def task(
             else:
                 _add_differences(row, base, factors[i], total)
         if consensus:
-            majority_of(total, sign)
+            majority(total, sign)
             for j in range(size):
                 total[j], taking[j] = -ZERO, ZERO
             for i in range(models):

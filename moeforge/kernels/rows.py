@@ -128,16 +128,8 @@ def subtract(row: Any, base: Any) -> None:
 
 
 @compiled
-def majority(total: Any) -> None:
-    """Turn sums into their signs, 1 or −1; 1 where they are zero."""
-    for j in range(total.size):
-        value = total[j] + _TINIEST
-        total[j] = ONE if value > ZERO else (-ONE if value < ZERO else ZERO)
-
-
-@compiled
-def majority_of(total: Any, sign: Any) -> None:
-    """Put the signs of sums into `sign`, as `majority` does."""
+def majority(total: Any, sign: Any) -> None:
+    """Put the signs of sums into `sign`, 1 or −1; 1 where they are zero."""
     for j in range(total.size):
         value = total[j] + _TINIEST
         sign[j] = ONE if value > ZERO else (-ONE if value < ZERO else ZERO)

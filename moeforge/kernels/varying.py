@@ -184,12 +184,12 @@ def sce(
         _differences(matrix, start, end, base, parts)
         if not everything:
             _varying(parts, size, room, value, border - start)
-        sign[:] = parts[0, :size]
-        for i in range(1, models):
-            add(sign, parts[i, :size])
-        majority(sign)
-        # A sum of negative zeros becomes a positive one, as it is added to a positive zero.
         total, divisor = room[0, :size], room[1, :size]
+        total[:] = parts[0, :size]
+        for i in range(1, models):
+            add(total, parts[i, :size])
+        majority(total, sign)
+        # A sum of negative zeros becomes a positive one, as it is added to a positive zero.
         total[:] = ZERO
         divisor[:] = ZERO
         for i in range(models):

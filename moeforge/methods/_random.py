@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
 from moeforge.methods import Params, Place
-from moeforge.methods._task import densities
+from moeforge.methods._task import densities, keep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,20 +79,3 @@ def lucky(index: int, delta: Tensor, params: Params, place: Place) -> Any:
         return np.ones(delta.numel(), np.bool_)
     drawn = draws(derive(params["key"], index), place.start, delta.numel())
     return drawn < np.int16(bound - 2**15)
-
-
-def keep(delta: Tensor, kept: Any) -> None:
-    """Multiply a delta in place with a numpy array of bools of its shape."""
-    import numpy as np
-    import torch
-
-    if delta.device.type != "cpu":
-        delta.mul_(torch.from_numpy(kept).to(delta.device))
-        return
-    values = delta.numpy()
-    if kernels.loaded() and values.dtype == np.float32:
-        from moeforge.kernels.drawing import keep as compiled
-
-        compiled(values, kept.view(np.uint8))
-        return
-    np.multiply(values, kept, out=values)

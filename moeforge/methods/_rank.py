@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
 from moeforge.methods import Params, Place
-from moeforge.methods._random import derive, draws, keep
-from moeforge.methods._task import densities
+from moeforge.methods._random import derive, draws
+from moeforge.methods._task import densities, keep
 
 if TYPE_CHECKING:
     from torch import Tensor

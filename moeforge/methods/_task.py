@@ -165,6 +165,19 @@ def _keep(index: int, delta: Tensor, params: Params, found: Any, place: Place) -
     """Leave the delta as it is."""
 
 
+def keep(delta: Tensor, kept: Any) -> None:
+    """Multiply a delta, on the CPU, in place with a numpy array of bools of its shape."""
+    import numpy as np
+
+    values = delta.numpy()
+    if kernels.loaded() and values.dtype == np.float32:
+        from moeforge.kernels.drawing import keep as compiled
+
+        compiled(values, kept.view(np.uint8))
+        return
+    np.multiply(values, kept, out=values)
+
+
 def _packed(parts: Tensor, place: Place) -> Kept:
     """Return which of `parts` are not zero, where it lies in this machine's memory."""
     import numpy as np
@@ -189,7 +202,6 @@ def _drawn(
     import torch
 
     from moeforge.kernels.counting import magnitudes
-    from moeforge.kernels.drawing import keep
 
     parts = torch.empty(len(matrix) - 1, matrix.shape[1])
     magnitudes(matrix, np.arange(1, len(matrix)), parts.numpy())
@@ -198,7 +210,7 @@ def _drawn(
     for i, share in enumerate(densities(params)):
         if share < 1:
             kept[i] = choose(i, parts[i], params, place)
-            keep(parts[i].numpy(), kept[i])
+            keep(parts[i], kept[i])
     left = [block.sum(-1).tolist() for block in blocks(parts)]
     lines = [(*a, *b) for a, b in zip(whole, left, strict=True)]
     return lines, {(place.start, parts.shape[1]): np.packbits(kept, axis=1)}
@@ -209,8 +221,7 @@ def _keep_packed(parts: Tensor, bits: Any) -> None:
 
     for part, row in zip(parts, bits, strict=True):
         # Multiplied as the draws themselves are: what is dropped keeps its sign.
-        values = part.numpy()
-        np.multiply(values, np.unpackbits(row, count=len(values)).view(np.bool_), out=values)
+        keep(part, np.unpackbits(row, count=len(part)).view(np.bool_))
 
 
 def _no_bounds(index: int, found: Any, place: Place) -> tuple[Cut | None, Cut | None]:

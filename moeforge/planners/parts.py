@@ -75,13 +75,7 @@ class Parts:
 
     def cast(self, tensor: PlannedTensor) -> PlannedTensor:
         """Return `tensor` in the dtype of the output."""
-        dtype = self.dtype
-        if dtype is None or not tensor.spec.dtype.mergeable:
-            return tensor
-        expr = tensor.expr
-        if isinstance(expr, Concat):
-            expr = Concat(tuple((e, TensorSpec(dtype, spec.shape)) for e, spec in expr.pieces))
-        return PlannedTensor(tensor.name, TensorSpec(dtype, tensor.spec.shape), expr)
+        return cast(tensor, self.dtype)
 
     def experts_of(self, family: str, routers: Sequence[str], parameters: int) -> Experts:
         """Return what the plan says of the mixture."""
