@@ -254,15 +254,18 @@ def sources(shape, dtype, folder=None):
     return found, wide
 
 
+def worked_out(cases, tensors, dtype):
+    """Return each case's expression, and what it is to give in `dtype`, by name."""
+    made = ((name, words(*tensors)) for name, words in cases.items())
+    return {name: (expr, expected.to(dtype)) for name, (expr, expected) in made}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equal_to_torch(shape, dtype, tmp_path):
     """All in one plan, for a build in each way costs more than what is in it."""
     found, tensors = sources(shape, dtype)
-    wanted = {}
-    for name, words in EXACT.items():
-        expr, expected = words(*tensors)
-        wanted[name] = expr, expected.to(dtype)
+    wanted = worked_out(EXACT, tensors, dtype)
     plan = plan_of_all(wanted, found)
     for expr, expected in wanted.values():
         assert plan.shape(expr) == tuple(expected.shape)
@@ -352,10 +355,7 @@ def near(result, expected):
 @pytest.mark.parametrize("shape", [(7, 5), (130, 67), (3, 700)], ids=str)
 def test_what_is_computed_in_whole_rows(shape, dtype, tmp_path):
     found, tensors = sources(shape, dtype)
-    wanted = {}
-    for name, words in CLOSE.items():
-        expr, expected = words(*tensors)
-        wanted[name] = expr, expected.to(dtype)
+    wanted = worked_out(CLOSE, tensors, dtype)
     result = all_made(plan_of_all(wanted, found), tmp_path)
     for name, (_, expected) in wanted.items():
         assert near(result[name], expected), name

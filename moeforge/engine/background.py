@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from typing import TypeVar
 
 Self = TypeVar("Self", bound="Background")
 
 
-class Background:
+class Background(ABC):
     """Threads that run `_work` until it returns, fails or sees that it is to stop.
 
     Args:
@@ -47,6 +48,6 @@ class Background:
                 self._error = error
                 self._change.notify_all()
 
+    @abstractmethod
     def _work(self) -> None:
         """Do what is to be done."""
-        raise NotImplementedError
