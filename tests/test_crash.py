@@ -14,10 +14,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from test_costs import build as built
 
 from moeforge import forge
-from moeforge.engine import seal
+from moeforge.engine import Settings, evaluate, seal
 from moeforge.errors import BuildError, Finding
 from moeforge.output import journal, staging
 from moeforge.proof.verify.checks import Verified, judged
@@ -423,15 +425,12 @@ def test_overflow_by_rounding_is_found(llamas, models, tmp_path):
     assert "all its inputs are finite, so it does not fit into float16" in str(caught.value)
 
 
-def test_a_device_without_memory_gives_way_to_smaller_slices_and_the_cpu(
-    llamas, tmp_path, monkeypatch
-):
-    """The meta device stands for one: it takes anything, and here has never any memory."""
-    import torch
+@pytest.fixture
+def full_device(monkeypatch):
+    """The meta device stands for one: it takes anything, and here has never any memory.
 
-    from moeforge.engine import evaluate
-
-    expected = whole("slerp", llamas, tmp_path / "whole")
+    Gives the sizes of slices that it was asked for.
+    """
     real, tried = evaluate.Evaluator._inputs, []
 
     def inputs(self, *others):
@@ -441,6 +440,11 @@ def test_a_device_without_memory_gives_way_to_smaller_slices_and_the_cpu(
         return real(self, *others)
 
     monkeypatch.setattr(evaluate.Evaluator, "_inputs", inputs)
+    return tried
+
+
+def test_a_device_without_memory_gives_way_to_the_cpu(llamas, tmp_path, full_device):
+    expected = whole("slerp", llamas, tmp_path / "whole")
     with pytest.warns(UserWarning, match="going on with the CPU"):
         forge.build(
             slerp(*llamas[:2]),
@@ -450,8 +454,24 @@ def test_a_device_without_memory_gives_way_to_smaller_slices_and_the_cpu(
             device="meta",
             verify=False,
         )
-    assert tried == [2**n for n in range(22, 15, -1)]
+    assert full_device == [2**22], "its tensors are smaller than a slice can be"
     assert weights(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes"), [("slerp", [2**22, 2**17, 2**16]), ("della", [2**22])]
+)
+def test_slices_become_smaller_where_that_helps(method, sizes, tmp_path, full_device):
+    """Not beyond the tensor, and not where whole rows are computed together whatever their size."""
+    with pytest.warns(UserWarning, match="memory of meta is short") as warned:
+        found = built(method, tmp_path / "out", 600, Settings(threads=1, device="meta"))[1]
+    assert full_device == sizes
+    said = [str(warning.message).partition("is short: ")[2] for warning in warned]
+    assert [text for text in said if text] == [
+        *(f"slices of {size} elements" for size in sizes[1:]),
+        "going on with the CPU, whose last bits may differ",
+    ]
+    assert torch.equal(found, built(method, tmp_path / "cpu", 600)[1])
 
 
 @pytest.mark.parametrize(

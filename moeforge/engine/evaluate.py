@@ -129,15 +129,21 @@ class Evaluator:
         self._used = 0
         self.bands.clear()
 
-    def shrink(self) -> str:
+    def shrink(self, expr: Expr, count: int) -> str:
         """Take smaller slices, and at last the CPU; return what was done, empty if nothing can be.
 
-        For a device whose memory is short: what it computes does not depend on the slices.
+        For a device whose memory is short: what it computes does not depend on the slices. Those of
+        whole rows stay as they are, for what is computed of rows may depend on how many they are.
+
+        Args:
+            expr: what there was no memory for.
+            count: elements of it that were wanted: a tensor may be smaller than slices are.
         """
         if self.device.type == "cpu":
             return ""
-        if self._size > BLOCK:
-            self._size //= 2
+        size = min(self._size, count)
+        if size > BLOCK and not needs_rows(expr):
+            self._size = max(1, size // 2 // BLOCK) * BLOCK
             torch.cuda.empty_cache()
             return f"memory of {self.device} is short: slices of {self._size} elements"
         before, self.device, self._stream = self.device, torch.device("cpu"), None

@@ -307,7 +307,7 @@ class MergeJob:
         def scan() -> Any:
             return worker.scan(job.node, job.scan, self._working, self._whole, start, count)
 
-        job.found[number] = self._with_room(worker, scan)
+        job.found[number] = self._with_room(worker, job.node, count, scan)
 
     def _write(self, worker: Evaluator, start: int, count: int, report: Report) -> None:
         self.ready(report)
@@ -324,10 +324,10 @@ class MergeJob:
                 report(len(data))
                 start = begin + len(data) // size
 
-        self._with_room(worker, write)
+        self._with_room(worker, self.expr, count, write)
 
-    def _with_room(self, worker: Evaluator, act: Callable[[], Any]) -> Any:
-        """Do `act`, again with smaller slices where the memory of a device is not enough."""
+    def _with_room(self, worker: Evaluator, expr: Expr, count: int, act: Callable[[], Any]) -> Any:
+        """Do `act`, for `count` elements of `expr`, again where a device's memory is not enough."""
         from torch.cuda import OutOfMemoryError
 
         while True:
@@ -335,7 +335,7 @@ class MergeJob:
                 return act()
             except OutOfMemoryError:
                 worker.release()
-                if not (done := worker.shrink()):
+                if not (done := worker.shrink(expr, count)):
                     raise
                 warnings.warn(f"{self.name}: {done}", stacklevel=2)
 
