@@ -233,6 +233,19 @@ def test_inner_products_are_added_up_in_one_order():
     assert all((one == other).all() for one, other in zip(by_torch, by_kernels, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [0, 700, 5000])
+def test_lanes_are_added_up_in_their_order(count, dtype):
+    """Rows lie apart, and end anywhere; numpy must not add up in pairs."""
+    from moeforge.methods._sums import LANES, lane_sums
+
+    rows = torch.randn(3, 6000, dtype=dtype, generator=torch.Generator().manual_seed(4))[:, :count]
+    expected = torch.zeros(3, LANES, dtype=dtype)
+    for part in rows.split(LANES, dim=1):
+        expected[:, : part.shape[1]] += part
+    assert torch.equal(torch.from_numpy(lane_sums(rows)), expected)
+
+
 def test_every_method_with_kernels_is_compared_here():
     words = {word for word in catalog.names("methods") if methods.load(word).kernels}
     assert words == {word for word, _ in CASES}

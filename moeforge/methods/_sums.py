@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
 from moeforge.methods import BLOCK, Measurement, Place, Scan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LANES = 2**10
+"""Sums that a block's elements are added up in side by side, so that compiled code can do the same
+as numpy: those whose numbers leave the same remainder, in their order."""
 
 
 def blocks(tensors: Tensor) -> Iterable[Tensor]:
@@ -46,13 +50,39 @@ def weighted(tensors: Tensor, weights: Sequence[float], place: Place) -> Tensor:
     return result
 
 
+def lane_sums(block: Tensor) -> Any:
+    """Return the sums of a block's elements by their number's remainder, each in its order.
+
+    Args:
+        block: [rows, elements] in float32 or float64, on the CPU; rows may lie apart.
+
+    Returns:
+        numpy [rows, LANES], of the dtype of the block.
+    """
+    import numpy as np
+
+    values = block.numpy()
+    whole = values.shape[1] // LANES * LANES
+    lanes = values[:, :whole].reshape(len(values), -1, LANES)
+    sums = np.add.reduce(lanes, axis=1, initial=0.0)
+    sums[:, : values.shape[1] - whole] += values[:, whole:]
+    return sums
+
+
+def joined(lanes: Any) -> list[Any]:
+    """Return the sums over the last dimension of lanes, added up in float64, as nested lists."""
+    import numpy as np
+
+    return lanes.sum(-1, dtype=np.float64).tolist()  # type: ignore[no-any-return]
+
+
 def absolute(tensors: Tensor) -> list[list[float]]:
     """Return Σ|x| of each tensor for each block: [blocks][tensors]."""
     if tensors.device.type == "cuda":
         from moeforge.methods._gpu import block_sums
 
         return block_sums(tensors.abs()).T.tolist()
-    return [block.abs().sum(-1).tolist() for block in blocks(tensors)]
+    return [joined(lane_sums(block.abs())) for block in blocks(tensors)]
 
 
 def add_up(sums: Iterable[Sequence[float]]) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ from moeforge.methods import (
     Place,
     Scan,
 )
-from moeforge.methods._sums import absolute, add_up, blocks
+from moeforge.methods._sums import absolute, add_up, blocks, joined, lane_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -205,13 +205,13 @@ def _drawn(
 
     parts = torch.empty(len(matrix) - 1, matrix.shape[1])
     magnitudes(matrix, np.arange(1, len(matrix)), parts.numpy())
-    whole = [block.sum(-1).tolist() for block in blocks(parts)]
+    whole = [joined(lane_sums(block)) for block in blocks(parts)]
     kept = np.ones(parts.shape, np.uint8)
     for i, share in enumerate(densities(params)):
         if share < 1:
             kept[i] = choose(i, parts[i], params, place)
             keep(parts[i], kept[i])
-    left = [block.sum(-1).tolist() for block in blocks(parts)]
+    left = [joined(lane_sums(block)) for block in blocks(parts)]
     lines = [(*a, *b) for a, b in zip(whole, left, strict=True)]
     return lines, {(place.start, parts.shape[1]): np.packbits(kept, axis=1)}
 

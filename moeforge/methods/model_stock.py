@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
 from moeforge.methods import BLOCK, Measurement, Method, Param, Params, Place, Scan
-from moeforge.methods._sums import blocks, result_of
+from moeforge.methods._sums import LANES, blocks, result_of
 from moeforge.methods._task import FEW, deltas, summed
 
 if TYPE_CHECKING:
@@ -39,10 +39,6 @@ def ratio(products: Tensor) -> Tensor:
     return torch.where(divisor.abs() < 1e-6, 0.0, count * cosine / divisor)
 
 
-_LANES = 2**10
-"""Sums that inner products are added up in side by side, so that compiled code can do the same."""
-
-
 def _products(tensors: Tensor, place: Place) -> list[Any]:
     """Return the upper half of each block's inner products of the differences, numpy [k, k].
 
@@ -56,7 +52,7 @@ def _products(tensors: Tensor, place: Place) -> list[Any]:
         return [products.triu().numpy() for products in gram(deltas(tensors))]
     count = len(tensors) - 1
     number = max(-(-tensors.shape[1] // BLOCK), 1)
-    lanes = np.zeros((number, count, count, _LANES))
+    lanes = np.zeros((number, count, count, LANES))
     if (matrix := kernels.matrix(tensors)) is not None:
         from moeforge.kernels.products import products as compiled
 
@@ -65,8 +61,8 @@ def _products(tensors: Tensor, place: Place) -> list[Any]:
             compiled(matrix, i * BLOCK, min((i + 1) * BLOCK, matrix.shape[1]), found)
         return list(lanes.sum(-1))
     for found, block in zip(lanes, blocks(deltas(tensors)), strict=True):
-        missing = -block.shape[1] % _LANES
-        wide = np.pad(block.double().numpy(), ((0, 0), (0, missing))).reshape(count, -1, _LANES)
+        missing = -block.shape[1] % LANES
+        wide = np.pad(block.double().numpy(), ((0, 0), (0, missing))).reshape(count, -1, LANES)
         for i in range(count):
             for k in range(i, count):
                 np.add.reduce(wide[i] * wide[k], axis=0, out=found[i, k])

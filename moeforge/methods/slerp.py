@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from moeforge.methods import REQUIRED, Measurement, Method, Param, Params, Place
-from moeforge.methods._sums import blocks, total, weighted
+from moeforge.methods._sums import blocks, joined, lane_sums, total, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +22,9 @@ def _sums(tensors: Tensor, place: Place) -> list[tuple[float, ...]]:
 
     A block's sums are in float32, good to some 1e-7; blocks are added up exactly.
     """
-    if tensors.device.type == "cuda":
-        import torch
+    import torch
 
+    if tensors.device.type == "cuda":
         from moeforge.methods._gpu import block_sums
 
         a, b = tensors
@@ -32,7 +32,7 @@ def _sums(tensors: Tensor, place: Place) -> list[tuple[float, ...]]:
         return [tuple(block) for block in sums.T.tolist()]
     # Widened block by block: that stays in the second-level cache.
     found = (block.float() if block.element_size() == 2 else block for block in blocks(tensors))
-    return [(float(a.dot(a)), float(b.dot(b)), float(a.dot(b))) for a, b in found]
+    return [tuple(joined(lane_sums(torch.stack([a * a, b * b, a * b])))) for a, b in found]
 
 
 def measure(params: Params, place: Place) -> Measurement:
