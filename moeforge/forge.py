@@ -137,8 +137,9 @@ def build(
     plan = prepared.plan
     target = Path(out) if out is not None else Path(prepared.loaded.stem)
     if group:
-        threads, seen = threads or group.threads, group.watching(seen)
-    settings = Settings(threads=threads, memory=memory, device=device, evict=evict)
+        seen = group.watching(seen)
+    local = group.local if group else (0, 1)
+    settings = Settings(threads=threads, memory=memory, device=device, evict=evict, local=local)
     shards, fits = lay_out(plan.tensors, shard_size), tuple["LayerFit", ...]()
     refuse_existing(target, overwrite=overwrite)
     cards.yours_alone(target)  # what users wrote there is kept, or nothing is built

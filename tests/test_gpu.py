@@ -74,14 +74,50 @@ def test_every_method_is_compared():
 
 @needs_gpu
 def test_all_gpus_are_used_unless_one_is_named():
-    assert engine.devices_of("cuda") == [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-    assert engine.devices_of("cuda:0") == ["cuda:0"]
+    assert Settings(device="cuda").devices == [
+        f"cuda:{n}" for n in range(torch.cuda.device_count())
+    ]
+    assert Settings(device="cuda:0").devices == ["cuda:0"]
 
 
 def test_without_a_gpu_torch_is_asked_for_one(monkeypatch):
     """Then it says what is missing."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert engine.devices_of("cuda") == ["cuda"]
+    assert Settings(device="cuda").devices == ["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "expected"),
+    [
+        (4, 1, [[0, 1, 2, 3]]),
+        (4, 2, [[0, 2], [1, 3]]),
+        (3, 2, [[0, 2], [1]]),
+        (2, 2, [[0], [1]]),
+        (2, 3, [[0], [1], [0]]),
+    ],
+)
+def test_the_ranks_of_a_machine_share_its_gpus(gpus, ranks, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    each = [Settings(device="cuda", local=(number, ranks)) for number in range(ranks)]
+    assert [settings.devices for settings in each] == [
+        [f"cuda:{number}" for number in numbers] for numbers in expected
+    ]
+    assert Settings(device="cuda:1", local=(0, 2)).devices == ["cuda:1"]
+
+
+def test_workers_take_gpus_in_turn(tmp_path, monkeypatch):
+    """None is at hand: what a worker computes on is noted, and the CPU used."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    real, used = evaluate.Evaluator, []
+
+    def noting(plan, size, device, *more):
+        used.append(device)
+        return real(plan, size, "cpu", *more)
+
+    monkeypatch.setattr(evaluate, "Evaluator", noting)
+    monkeypatch.setattr(engine, "_workers", lambda *given: (3, False))
+    build("linear", tmp_path / "out", settings=Settings(device="cuda", local=(1, 2)))
+    assert sorted(used) == ["cuda:1", "cuda:1", "cuda:3"]
 
 
 @needs_gpu

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_crash import RECIPES, weights, write_recipe
 from warm import FORKS
 
-from moeforge import ranks, sharing
+from moeforge import forge, ranks, sharing
 from moeforge.engine import writer
 from moeforge.errors import BuildError
 from moeforge.ranks import group as groups
@@ -299,6 +299,25 @@ def test_accelerate_launch(llamas, places):
     assert files(places.many / "out") == files(places.one / "out")
 
 
+def test_a_rank_has_its_share_of_the_machine(llamas, places, monkeypatch):
+    """The second of two on its machine, of four in all."""
+    import torch
+
+    here = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "_links", lambda where: {})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.setattr("moeforge.engine.cores", lambda: 6)
+    met = []
+    monkeypatch.setattr(sharing, "follow", lambda *given: met.append(given[-1]))
+    with ranks.joined() as group:
+        for device in ("cuda", "cpu"):
+            forge.build(RECIPES["slerp"](*llamas[:2]), "out", device=device, group=group)
+    assert [settings.devices for settings in met] == [["cuda:1", "cuda:3"], ["cpu"]]
+    assert [settings.workers for settings in met] == [3, 3]
+
+
 def test_files_are_divided_by_bytes():
     shards = [
         SimpleNamespace(name=f"{n}", nbytes=size) for n, size in enumerate([5, 5, 5, 5, 2, 9, 1])
@@ -313,7 +332,7 @@ def test_files_are_divided_by_bytes():
 def pair(rank=0):
     """A group of two as `rank` sees it, and the other end of its connection."""
     mine, theirs = socket.socketpair()
-    return groups.Group(rank, 2, {1 - rank: groups.Link(mine)}, 1, 0), groups.Link(theirs)
+    return groups.Group(rank, 2, {1 - rank: groups.Link(mine)}, (rank, 2)), groups.Link(theirs)
 
 
 def read_on(link, ended):

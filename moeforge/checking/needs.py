@@ -46,7 +46,7 @@ class Needs:
     Attributes:
         memory: estimated peak, gates included.
         memory_free: what the machine, or the container, can still give.
-        gpu: estimated peak on the GPU; None where the CPU computes.
+        gpu: estimated peak on the GPUs together; None where the CPU computes.
         gpu_free: what is free there.
         disk: the weights that are still to be written.
         disk_free: what is free where it goes.
@@ -223,7 +223,7 @@ def needs_of(
         if _reads_prompts(plan) and not had.routers:
             layer = router_memory(plan) + prompt_memory(prepared) - engine.INTERPRETER
             gpu = max(gpu, engine.CONTEXT + layer)
-        gpu_free = _gpu_free(device)
+        gpu_free = _gpu_free(settings)
     disk = sum(shard.nbytes for shard in left)
     # Another dtype is another build, which goes on with nothing.
     tensors = () if had.kept else plan.tensors
@@ -269,10 +269,12 @@ def _wanted(plan: Plan) -> dict[str, set[str]]:
     return found
 
 
-def _gpu_free(device: str) -> int | None:
+def _gpu_free(settings: Settings) -> int | None:
     import torch
 
-    return int(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else None
+    if not settings.device.startswith("cuda"):
+        return None
+    return sum(int(torch.cuda.mem_get_info(device)[0]) for device in settings.devices)
 
 
 def _cache() -> Path:

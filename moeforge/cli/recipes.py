@@ -73,8 +73,6 @@ def build(
             refuse_push(push, private=private, no_verify=no_verify, offline=offline)
         if (odd := ranks.remark()) and not quiet:
             note(odd)
-        if group:
-            device = group.device(device)
         limit, per_file = parse_size(memory) if memory else None, parse_size(shard_size)
         check_device(device)
         shown = not quiet and watched(as_json=as_json)

@@ -80,6 +80,8 @@ class Settings:
         memory: bytes that the process may take; None for no limit.
         device: torch device of the arithmetic.
         evict: remove files of the Hub's cache that this process has brought when they are used up.
+        local: number of this process among those of its launch on this machine, and how many they
+            are: they share its cores and GPUs.
     """
 
     threads: int | None = None
@@ -87,12 +89,25 @@ class Settings:
     memory: int | None = None
     device: str = "cpu"
     evict: bool = False
+    local: tuple[int, int] = (0, 1)
 
     @property
     def workers(self) -> int:
         """Number of workers."""
-        most = cores() if self.device == "cpu" else min(cores(), GPU_WORKERS)
-        return self.threads or most
+        most = max(1, cores() // self.local[1])
+        return self.threads or (most if self.device == "cpu" else min(most, GPU_WORKERS))
+
+    @property
+    def devices(self) -> list[str]:
+        """Devices for torch: of "cuda" without a number, this process's share of all GPUs."""
+        if self.device != "cuda":
+            return [self.device]
+        import torch
+
+        count, (number, sharing) = torch.cuda.device_count(), self.local
+        if not count:
+            return [self.device]  # torch says why when it is used
+        return [f"cuda:{n}" for n in range(number % count, count, sharing)]
 
     def slice_for(self, plan: Plan) -> int:
         """Return elements per slice for `plan`: the default, or less where memory is short."""
@@ -183,7 +198,8 @@ def gpu_memory(plan: Plan, settings: Settings) -> int:
         return 0
     buffers, _, bands = buffers_needed(plan)
     slices = (2 * max(buffers, 1) + 2) * 8 * settings.slice_for(plan)
-    return CONTEXT + settings.workers * (slices + bands)
+    contexts = min(len(settings.devices), settings.workers)
+    return contexts * CONTEXT + settings.workers * (slices + bands)
 
 
 def run(
@@ -296,7 +312,7 @@ def _do(
         specs = (spec for source in plan.sources.values() for spec in source.specs().values())
         kernels.load(names, narrow=any(spec.dtype.name == "bfloat16" for spec in specs))
 
-    places = cycle(devices_of(settings.device))
+    places = cycle(settings.devices)
 
     def make_state() -> Evaluator:
         return Evaluator(plan, size, next(places))
@@ -311,16 +327,6 @@ def _do(
         Pool(workers, progress, complete).run(jobs, make_state)
     finally:
         torch.set_num_threads(before)  # a worker takes one thread for itself
-
-
-def devices_of(device: str) -> list[str]:
-    """Return the torch devices that `device` means: of "cuda" without a number, all GPUs."""
-    if device != "cuda":
-        return [device]
-    import torch
-
-    # Where there is none, torch says why when it is used.
-    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or [device]
 
 
 def multiplies(plan: Plan) -> bool:

@@ -85,8 +85,7 @@ def joined() -> Iterator[Group | None]:
     links = _links(where)
     # Libraries that find these in the environment wait for the other ranks.
     hidden = {name: os.environ.pop(name) for name in _LAUNCH if name in os.environ}
-    threads = max(1, cores() // where.local_size)
-    group = Group(where.rank, where.size, links, threads, where.local_rank)
+    group = Group(where.rank, where.size, links, (where.local_rank, where.local_size))
     try:
         with group.together():
             yield group

@@ -85,16 +85,15 @@ class Group:
         rank: of this process.
         size: number of ranks.
         links: its connections, by rank.
-        threads: workers that each rank of this machine can have.
-        number: of this process among those of its machine.
+        local: number of this process among those of its machine, and how many they are.
     """
 
     def __init__(
-        self, rank: int, size: int, links: Mapping[int, Link], threads: int, number: int
+        self, rank: int, size: int, links: Mapping[int, Link], local: tuple[int, int]
     ) -> None:
-        self.rank, self.size, self.threads = rank, size, threads
+        self.rank, self.size, self.local = rank, size, local
         self.written = 0  # bytes, which every sign of life tells
-        self._number, self._links = number, dict(links)
+        self._links = dict(links)
         self._said: dict[int, dict[str, Any]] = {other: {} for other in links}
         self._gone: dict[int, str] = {}
         self._ears: dict[str, Callable[[Any], None]] = {}
@@ -106,16 +105,6 @@ class Group:
         for other, link in links.items():
             threading.Thread(target=self._read, args=(other, link), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
-
-    def device(self, asked: str) -> str:
-        """Return the torch device of this rank: of several GPUs each takes its own."""
-        if asked != "cuda":
-            return asked
-        import torch
-
-        if not torch.cuda.is_available():
-            return asked  # refused where it is used
-        return f"cuda:{self._number % torch.cuda.device_count()}"
 
     def tell(self, **message: Any) -> None:
         """Send a message to all others."""
