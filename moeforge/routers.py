@@ -158,7 +158,7 @@ class _Maker:
     def _grow(self, fit: Callable[[Sequence[LayerInputs]], LayerGate], share: Share) -> None:
         import torch
 
-        from moeforge.engine.evaluate import torch_dtype
+        from moeforge.engine.buffers import torch_dtype
         from moeforge.forward import grow
         from moeforge.mixing import Mixing
 

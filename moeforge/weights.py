@@ -51,7 +51,7 @@ class Weights:
         """
         import torch
 
-        from moeforge.engine.evaluate import torch_dtype
+        from moeforge.engine.buffers import torch_dtype
 
         tensor = self._named.get(name or self._embeddings)
         if tensor is None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeforge import engine
-from moeforge.engine import CopyJob, MergeJob, Settings, buffers, evaluate, jobs, reshape, rows
+from moeforge.engine import CopyJob, MergeJob, Settings, evaluate, jobs, reading, reshape, rows
 from moeforge.methods import _sums
 from moeforge.output.layout import lay_out
 from moeforge.plans import (
@@ -51,8 +51,7 @@ def small(monkeypatch):
         (rows, "BLOCK", 2**8),
         (evaluate, "BLOCK", 2**8),
         (_sums, "BLOCK", 2**8),
-        (evaluate, "WINDOW", 2**10),
-        (buffers, "WINDOW", 2**10),
+        (reading, "WINDOW", 2**10),
     ):
         monkeypatch.setattr(module, name, value)
 

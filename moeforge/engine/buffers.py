@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moeforge.engine import WINDOW
+from moeforge.tensors import DType
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """Return torch's object for `dtype`."""
+    found: torch.dtype = getattr(torch, dtype.name)
+    return found
 
 
 class Buffer:
@@ -43,16 +49,3 @@ class Buffer:
     def view(self, nbytes: int, first: int = 0) -> memoryview:
         """Return `nbytes` bytes from byte `first` on."""
         return self.memory[first : first + nbytes]
-
-
-class Window:
-    """The part of one input tensor that was read last.
-
-    Attributes:
-        lent: whether a GPU may still be copying from it.
-    """
-
-    def __init__(self, *, pinned: bool = False) -> None:
-        self.buffer = Buffer(WINDOW, pinned=pinned)
-        self.start = self.end = 0
-        self.lent = False

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moeforge import kernels, methods
-from moeforge.engine import WINDOW, noise, reshape, rows
-from moeforge.engine.buffers import Buffer, Window
+from moeforge.engine import noise, reshape, rows
+from moeforge.engine.buffers import Buffer, torch_dtype
+from moeforge.engine.reading import Reader
 from moeforge.methods import BLOCK, CHUNK, PADDING, Place, Scan
 from moeforge.plans import (
     Affine,
@@ -48,12 +49,6 @@ _MOVES = (Gather, Rows, Columns, Transpose)
 
 Stats = Mapping[int, Any]
 """What is known of whole tensors, by id of the expression."""
-
-
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """Return torch's object for `dtype`."""
-    found: torch.dtype = getattr(torch, dtype.name)
-    return found
 
 
 def unit(plan: Plan, expr: Expr) -> int:
@@ -97,9 +92,7 @@ class Evaluator:
         self._output = Buffer(0)
         self._pool: list[Buffer] = []
         self._used = 0
-        self._windows: dict[tuple[str, str], Window] = {}
-        self._free: list[Window] = []
-        self._end: dict[tuple[str, str], int] = {}
+        self._reader = Reader(plan, pinned=self._stream is not None, settle=self.settle)
         self._as_stored: dict[int, bool] = {}
         self.bands: dict[tuple[int, torch.dtype], reshape.Band] = {}
 
@@ -121,8 +114,7 @@ class Evaluator:
         """Wait until a GPU has done what it was asked for by this worker."""
         if self._stream is not None:
             self._stream.synchronize()
-        for window in self._windows.values():
-            window.lent = False
+        self._reader.settled()
 
     def release(self) -> None:
         """Take back all memory that was in use when something failed."""
@@ -157,13 +149,10 @@ class Evaluator:
             end: element where the chunk ends, so that nothing is read in vain beyond it.
         """
         parts = list(walk(expr))
-        reads = {(part.source, part.name) for part in parts if isinstance(part, Read)}
-        self._free += [self._windows.pop(key) for key in list(self._windows) if key not in reads]
-        for window in (*self._windows.values(), *self._free):
-            window.start = window.end = 0
-        self._as_stored.clear()
         moves = any(isinstance(part, _MOVES) for part in parts)
-        self._end = dict.fromkeys(reads, end) if end is not None and not moves else {}
+        reads = (part for part in parts if isinstance(part, Read))
+        self._reader.begin(reads, None if moves else end)
+        self._as_stored.clear()
         wanted = {id(part) for part in parts}
         self.bands = {key: band for key, band in self.bands.items() if key[0] in wanted}
 
@@ -375,29 +364,9 @@ class Evaluator:
             out.copy_(merged[lead : lead + out.numel()])
 
     def _read(self, node: Read, start: int, out: Tensor) -> None:
-        source, count = self.plan.sources[node.source], out.numel()
-        spec = source.specs()[node.name]
-        size = spec.dtype.itemsize
-        key = (node.source, node.name)
-        window = self._windows.get(key)
-        if window is None:
-            pinned = self._stream is not None
-            window = self._free.pop() if self._free else Window(pinned=pinned)
-            self._windows[key] = window
-            window.start = window.end = 0
-        if not window.start <= start <= start + count <= window.end:
-            # As much as fits, but no more than will be wanted: what follows in this chunk.
-            limit = min(self._end.get(key, start + count), spec.numel)
-            ahead = max(count, min(WINDOW // size // count * count if count else 0, limit - start))
-            if window.lent:
-                self.settle()
-            if window.buffer.size < ahead * size:
-                window.buffer = Buffer(ahead * size, pinned=self._stream is not None)
-            source.read(node.name, start * size, window.buffer.view(ahead * size))
-            window.start, window.end = start, start + ahead
-        first = (start - window.start) * size
-        stored = window.buffer.tensor(torch_dtype(spec.dtype), count, first)
+        stored = self._reader.read(node, start, out.numel())
         if self._stream is not None:
             # As stored, while the next input is read; the GPU widens it.
-            stored, window.lent = stored.to(self.device, non_blocking=True), True
+            stored = stored.to(self.device, non_blocking=True)
+            self._reader.lend(node)
         out.copy_(stored)

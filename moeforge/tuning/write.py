@@ -96,7 +96,7 @@ def _holds(source: FolderSource, spec: TensorSpec, name: str, router: Router) ->
     """Say whether tensor `name` has exactly the values of the router's weight."""
     import torch
 
-    from moeforge.engine.evaluate import torch_dtype
+    from moeforge.engine.buffers import torch_dtype
 
     if not spec.dtype.mergeable:
         return False
@@ -108,7 +108,7 @@ def _holds(source: FolderSource, spec: TensorSpec, name: str, router: Router) ->
 
 def stored_dtypes(found: Iterable[Place]) -> dict[str, Any]:
     """Return the torch dtype of each router's weight on disk, by its name in the model."""
-    from moeforge.engine.evaluate import torch_dtype
+    from moeforge.engine.buffers import torch_dtype
 
     return {place.router: torch_dtype(place.dtype) for place in found}
 
@@ -162,7 +162,7 @@ def patch(folder: Path, found: Sequence[Place], weights: Mapping[str, Tensor]) -
     """
     import torch
 
-    from moeforge.engine.evaluate import torch_dtype
+    from moeforge.engine.buffers import torch_dtype
 
     for place in found:
         stored = weights[place.router].detach().cpu().to(torch_dtype(place.dtype)).contiguous()
