@@ -276,6 +276,22 @@ def test_a_mistake_in_the_recipe_is_told_once(llamas, places):
     assert not said[1]
 
 
+def test_a_warning_that_is_an_error_ends_all_ranks(llamas, places):
+    """Rank 0 alone judges; the others have agreed by then, and wait for its word."""
+    recipe = RECIPES["mixture"](*llamas[:2]) | {"gate_mode": "cheap_embed"}
+    for expert in recipe["experts"]:
+        expert["positive_prompts"] = [
+            "many words that are the same in both of them",
+            expert["positive_prompts"][0],
+        ]
+    (places.many / "recipe.yml").write_text(json.dumps(recipe))
+    codes, said = Launch(places.many, 2, "--strict").end(20)
+    assert codes == [4, 4], said
+    assert said[0].count("the router can hardly tell them apart") == 1
+    assert not said[1]
+    assert [file.name for file in places.many.iterdir() if file.is_dir()] == []
+
+
 def test_accelerate_launch(llamas, places):
     """The real launcher; router weights that a model is run for, and training, on rank 0."""
     for folder in (places.one, places.many):
