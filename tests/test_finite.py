@@ -29,6 +29,25 @@ def test_counts_are_torchs(name, monkeypatch):
     assert count_odd(raw.numpy().tobytes(), BY_NAME[name]) == expected
 
 
+@pytest.mark.parametrize("name", FLOATS)
+def test_one_is_found_whatever_its_sign(name):
+    """Each sign is looked for apart."""
+    dtype = getattr(torch, name)
+    size, kind = dtype.itemsize, {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if size < 4:
+        codes = torch.arange(256**size).to(torch.int32).to(kind[size])
+    else:
+        ends = [float("inf"), torch.finfo(dtype).max, 0.0, 1.0]
+        odd = torch.tensor([*ends, *(-end for end in ends), float("nan")], dtype=dtype)
+        codes = odd.view(kind[size])
+    values = codes.view(dtype).double()
+    ordinary = codes[values.isfinite()]
+    assert count_odd(ordinary.numpy().tobytes(), BY_NAME[name]) == (0, 0)
+    for code in codes[~values.isfinite()][:: 256 if size == 2 else 1]:
+        raw = torch.cat([ordinary[:100], code[None], ordinary[-100:]]).numpy().tobytes()
+        assert sum(count_odd(raw, BY_NAME[name])) == 1
+
+
 def test_integers_and_nothing_are_finite():
     assert count_odd(b"\xff" * 8, BY_NAME["int64"]) == (0, 0)
     assert count_odd(b"", BY_NAME["bfloat16"]) == (0, 0)
