@@ -1,8 +1,8 @@
 """Owns finding values that are not finite in the raw bytes of a tensor; knows no file and no torch.
 
 A float's exponent has all bits set in NaN and infinities, so of positive numbers the largest, their
-bits taken for integers, tells whether there are any, and of negative ones, too: two maxima, one over
-signed integers and one over unsigned ones.
+bits taken for integers, tells whether there are any, and of negative ones, too: two maxima, over
+signed and over unsigned integers.
 """
 
 from __future__ import annotations
