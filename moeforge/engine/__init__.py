@@ -43,7 +43,7 @@ from moeforge.plans import (
 from moeforge.sealed import Sealed
 from moeforge.system import allow_files, cores
 
-MIN_SLICE, DEFAULT_SLICE = 2**16, 2**17
+MIN_SLICE, DEFAULT_SLICE = 2**16, 2**18
 """Elements per slice; the default is the fastest measured: see docs/performance.md."""
 GPU_SLICE = 2**22
 """The default on a GPU, where starting an operation takes longer than doing it on a smaller one."""
