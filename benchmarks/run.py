@@ -6,7 +6,8 @@ Makes llama-like bfloat16 models of the size in billions of parameters, then in 
 every kind of build: the floor (`cat` of all inputs and `cp` of the output's bytes), moeforge, and
 mergekit. Prints the medians as Markdown, with each run's CPU seconds and peak memory, and writes
 all figures to results.json in the scratch folder. Start-up is what the same recipe takes with
-models of nothing; it is subtracted, and shown.
+models of nothing, compiled arithmetic loaded if the build itself loads it; it is subtracted, and
+shown.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import yaml
 from commands import Run, timed
 from safetensors.torch import save_file
 
+from moeforge import engine, forge
+
 SIZES = {
     "0.2": {"hidden": 1024, "wide": 2816, "layers": 12, "heads": 16, "vocab": 32000},
     "0.85": {"hidden": 2048, "wide": 5632, "layers": 16, "heads": 32, "vocab": 32000},
@@ -36,6 +39,11 @@ SIZES = {
 }
 """Shapes by billions of parameters; "none" is for start-up."""
 TUNES = 8
+_LOADED = (
+    "from moeforge import kernels; kernels.WORTH = dict.fromkeys(kernels.WORTH, 1); "
+    "from moeforge.cli import main; main()"
+)
+"""The command line, which loads compiled arithmetic for the smallest of builds."""
 
 
 def make(folder: Path, shape: dict[str, int], seed: int, base: Path | None) -> None:
@@ -202,10 +210,15 @@ class Bench:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         subprocess.run(["sync"], check=True)
 
-    def moeforge(self, name: str, look: float | None = None) -> Run:
-        """Build with moeforge."""
+    def loads(self, name: str) -> bool:
+        """Say whether moeforge loads compiled arithmetic for this build."""
+        return bool(engine.kernels_of(forge.plan(self._recipe(name)), engine.Settings()))
+
+    def moeforge(self, name: str, look: float | None = None, *, loaded: bool = False) -> Run:
+        """Build with moeforge; with `loaded`, compiled arithmetic is loaded whatever the size."""
         self._clear()
-        command = [sys.executable, "-m", "moeforge", "build", str(self._recipe(name)), "-o", "out"]
+        command = [sys.executable, *(("-c", _LOADED) if loaded else ("-m", "moeforge"))]
+        command += ["build", str(self._recipe(name)), "-o", "out"]
         return timed([*command, "--quiet", *self.options], self.folder, look)
 
     def floor(self, name: str, extra: str = "") -> Run:
@@ -266,7 +279,8 @@ def main() -> None:
             found.setdefault("floor", []).append(bench.floor(name))
             cold()
             found.setdefault("durable", []).append(bench.floor(name, "&& sync"))
-            found.setdefault("start", []).append(nothing.moeforge(name))
+            start = nothing.moeforge(name, loaded=bench.loads(name))
+            found.setdefault("start", []).append(start)
             if not number:
                 found["memory"] = [bench.moeforge(name, 0.05)]
                 if (run := bench.other(name)) is not None:  # once, for it takes long

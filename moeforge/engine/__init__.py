@@ -152,7 +152,7 @@ def is_copy_only(plan: Plan) -> bool:
     return plan.bytes_copied == plan.nbytes
 
 
-def _kernels(plan: Plan, settings: Settings) -> set[str]:
+def kernels_of(plan: Plan, settings: Settings) -> set[str]:
     """Return the files of kernels that computing `plan` gains from; empty where that is too little.
 
     As if nothing of it were there yet.
@@ -188,7 +188,7 @@ def peak_memory(plan: Plan, settings: Settings, slice_elements: int | None = Non
     # Results in 8 bytes per element at most, as many temporaries of a method, one raw output; and
     # of each input what is read at a time.
     per_worker = (2 * max(buffers, 1) + 2) * 8 * size + reads * WINDOW + bands + choices
-    compiler = COMPILER if _kernels(plan, settings) else 0
+    compiler = COMPILER if kernels_of(plan, settings) else 0
     return INTERPRETER + compiler + planned + settings.workers * per_worker
 
 
@@ -308,7 +308,7 @@ def _do(
     from moeforge.engine.evaluate import Evaluator
 
     size = settings.slice_for(plan)
-    if names := _kernels(plan, settings):
+    if names := kernels_of(plan, settings):
         specs = (spec for source in plan.sources.values() for spec in source.specs().values())
         kernels.load(names, narrow=any(spec.dtype.name == "bfloat16" for spec in specs))
 
