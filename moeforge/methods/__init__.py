@@ -22,7 +22,7 @@ BLOCK = 2**16
 """Elements per block. Sums are taken block by block, so that they do not depend on how the work is
 divided; rows that may not be divided come together in blocks of about this size."""
 RUN = 2**8
-"""Elements per run of a sample. Rows differ: of half as many runs brackets miss, a pass each time."""
+"""Elements per run of a sample. Rows differ: with half as many runs brackets miss."""
 CHUNK = 2**22
 """Elements per chunk, about: what a worker takes at a time."""
 PADDING = 112
