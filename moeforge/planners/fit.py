@@ -71,10 +71,9 @@ def tokens_lost_and_moved(base: Model, other: Model) -> tuple[list[str] | None, 
     if (both := _both(base, other)) is None:
         return None, []
     known, ids = both
-    if known == ids:
-        return [], []
-    lost = sorted((token for token in ids if token not in known), key=lambda token: ids[token])
-    moved = (token for token in ids if token in known and known[token] != ids[token])
+    odd = [token for token, index in ids.items() if known.get(token) != index]
+    lost = sorted((token for token in odd if token not in known), key=lambda token: ids[token])
+    moved = (token for token in odd if token in known)
     return lost, sorted(moved, key=lambda token: known[token])
 
 

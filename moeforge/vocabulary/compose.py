@@ -7,6 +7,7 @@ tokens of each other tokenizer, in ascending order of their ids there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from moeforge.errors import Finding, PlanError
@@ -112,7 +113,7 @@ def _model(
     model["vocab"] = dict(sorted(ids.items(), key=lambda item: item[1]))
     if "merges" in model:
         prefix = model.get("continuing_subword_prefix") or ""
-        pairs = dict.fromkeys(pair for tokens in (first, *others) for pair in _pairs(tokens))
+        pairs = dict.fromkeys(chain.from_iterable(map(_pairs, _merges((first, *others)))))
         model["merges"] = [
             [left, right]
             for left, right in pairs
@@ -121,9 +122,18 @@ def _model(
     return model
 
 
-def _pairs(tokens: Tokens) -> list[tuple[str, str]]:
+def _merges(tokenizers: Iterable[Tokens]) -> list[list[Any]]:
+    """Return the lists of merges, each once: models of one origin have the same."""
+    found: list[list[Any]] = []
+    for tokens in tokenizers:
+        merges = tokens.backend["model"].get("merges") or []
+        if merges not in found:
+            found.append(merges)
+    return found
+
+
+def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
     """Return the merges, which are written as "a b" or as ["a", "b"]."""
-    merges = tokens.backend["model"].get("merges") or ()
     return [tuple(m.split(" ", 1) if isinstance(m, str) else m) for m in merges]
 
 

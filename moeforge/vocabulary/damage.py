@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import chain, repeat
+from operator import contains
 from typing import Any
 
 _MOST = 2**31
@@ -18,16 +20,38 @@ def _is_token(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("content"), str)
 
 
-def _is_piece(entry: Any) -> bool:
-    """Say whether `entry` is a piece of a Unigram model with its score."""
-    pair = isinstance(entry, list) and len(entry) == 2
-    return pair and isinstance(entry[0], str) and isinstance(entry[1], (int, float))
+# What there is a hundred thousand of is looked at all at once: that is most of what reading costs.
 
 
-def _is_merge(entry: Any) -> bool:
-    """Say whether `entry` is "a b" or ["a", "b"]."""
-    parts = entry.split(" ", 1) if isinstance(entry, str) else entry
-    return isinstance(parts, list) and len(parts) == 2 and all(isinstance(p, str) for p in parts)
+def _types(values: Iterable[Any]) -> set[type]:
+    return set(map(type, values))
+
+
+def _are_ids(values: Collection[Any]) -> bool:
+    return _types(values) <= {int} and 0 <= min(values, default=0) <= max(values, default=0) < _MOST
+
+
+def _are_pairs(entries: Iterable[Any]) -> bool:
+    return _types(entries) <= {list} and set(map(len, entries)) <= {2}
+
+
+def _are_pieces(entries: list[Any]) -> bool:
+    """Say whether `entries` are the pieces of a Unigram model, each with its score."""
+    if not _are_pairs(entries):
+        return False
+    pieces, scores = ([entry[place] for entry in entries] for place in (0, 1))
+    return _types(pieces) <= {str} and _types(scores) <= {int, float, bool}
+
+
+def _are_merges(entries: list[Any]) -> bool:
+    """Say whether each of `entries` is "a b" or ["a", "b"]."""
+    texts = [entry for entry in entries if type(entry) is str]
+    pairs = [entry for entry in entries if type(entry) is not str]
+    return (
+        all(map(contains, texts, repeat(" ")))
+        and _are_pairs(pairs)
+        and _types(chain.from_iterable(pairs)) <= {str}
+    )
 
 
 def _is_processor(processor: Any, depth: int = 0) -> bool:
@@ -64,13 +88,13 @@ def damage(backend: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         return "tokenizer.json has no vocabulary"
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
-        odd = next((token for token, index in vocabulary.items() if not _is_id(index)), None)
-        if odd is not None:
+        if not _are_ids(vocabulary.values()):
+            odd = next(token for token, index in vocabulary.items() if not _is_id(index))
             return f"tokenizer.json gives {odd[:40]!r} the id {str(vocabulary[odd])[:40]!r}"
-    elif not isinstance(vocabulary, list) or not all(map(_is_piece, vocabulary)):
+    elif not isinstance(vocabulary, list) or not _are_pieces(vocabulary):
         return "tokenizer.json has no vocabulary"
     merges, prefix = model.get("merges") or [], model.get("continuing_subword_prefix") or ""
-    if not isinstance(merges, list) or not all(map(_is_merge, merges)):
+    if not isinstance(merges, list) or not _are_merges(merges):
         return "tokenizer.json has merges that are not pairs of tokens"
     if not isinstance(prefix, str):
         return "tokenizer.json has a continuing_subword_prefix that is not a text"
