@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from moeforge.kernels import counting
+from moeforge.kernels.drawing import ALL, words_of
 from moeforge.kernels.rows import (
     ONE,
     STRETCH,
@@ -73,6 +74,15 @@ def _mask(row: Any, base: Any, kept: Any, factor: Any, part: Any, total: Any) ->
 
 
 @compiled
+def _draw(row: Any, base: Any, drawn: Any, limit: Any, factor: Any, part: Any, total: Any) -> None:
+    # Multiplied, and not chosen: what is dropped keeps its sign.
+    for j in range(part.size):
+        value = (wide(row[j]) - base[j]) * (ONE if drawn[j] < limit else ZERO) * factor
+        part[j] = value
+        total[j] += value
+
+
+@compiled
 def _across(
     row: Any, base: Any, inner: Any, outer: Any, bounds: Any, factor: Any, part: Any, total: Any
 ) -> None:
@@ -123,6 +133,9 @@ def task(
     borders: Any,
     bounds: Any,
     kept: Any,
+    start: Any,
+    keys: Any,
+    limits: Any,
     sparse: Any,
     factors: Any,
     weights: Any,
@@ -141,6 +154,9 @@ def task(
         bounds: float32 [models, 2, 2]: differences up to the bound, in magnitude, become zero; of
             the small ones, and of the outliers; before the border and from it on.
         kept: uint8 [models, elements], what differences are multiplied with instead; or [0, 0].
+        start: number of the first element.
+        keys: uint64 [models], by which differences are drawn instead; or [0].
+        limits: int32 [models], below which draws are kept; ALL for everything.
         sparse: whether there are bounds.
         factors: float32 [models], what they are multiplied with then.
         weights: float32 [models], of models that take part in an election.
@@ -155,19 +171,27 @@ def task(
     models = matrix.shape[0] - 1
     parts = np.empty((models, STRETCH), np.float32)
     room = np.empty((4, STRETCH), np.float32)
-    for start in range(0, matrix.shape[1], STRETCH):
-        end = min(start + STRETCH, matrix.shape[1])
-        size = end - start
+    words = np.empty(STRETCH // 4 + 1, np.uint64)
+    drawn = words.view(np.int16)
+    for begin in range(0, matrix.shape[1], STRETCH):
+        end = min(begin + STRETCH, matrix.shape[1])
+        size = end - begin
+        first = (start + begin) // 4
+        odd = start + begin - 4 * first
         base, total, sign, taking = room[0, :size], room[1, :size], room[2, :size], room[3, :size]
         for j in range(size):
             total[j] = -ZERO  # to which adding anything changes nothing, not even a negative zero
-        widen(matrix[0, start:end], base)
+        widen(matrix[0, begin:end], base)
         for i in range(models):
-            row, part = matrix[i + 1, start:end], parts[i, :size]
+            row, part = matrix[i + 1, begin:end], parts[i, :size]
             if kept.size:
-                _mask(row, base, kept[i, start:end], factors[i], part, total)
+                _mask(row, base, kept[i, begin:end], factors[i], part, total)
+            elif keys.size and limits[i] < ALL:
+                words_of(keys[i], first, words)
+                here = drawn[odd : odd + size]
+                _draw(row, base, here, limits[i], factors[i], part, total)
             elif consensus or sparse:
-                inner, outer = borders[i, 0] - start, borders[i, 1] - start
+                inner, outer = borders[i, 0] - begin, borders[i, 1] - begin
                 low = bounds[i, 0, 0 if inner >= size else 1]
                 high = bounds[i, 1, 0 if outer >= size else 1]
                 if 0 < inner < size or 0 < outer < size:
@@ -186,7 +210,7 @@ def task(
                 weight = ONE if equal else weights[i]
                 _add_agreeing(total, taking, parts[i, :size], sign, weight)
             _divide(total, sign, taking, normalize, equal, weights[0])
-        _add_to_base(base, total, divisor, step, out[start:end])
+        _add_to_base(base, total, divisor, step, out[begin:end])
 
 
 def warm(kind: Any) -> None:
@@ -197,6 +221,8 @@ def warm(kind: Any) -> None:
     counting.warm(kind)
     arrays = (np.zeros((1, 2), np.int64), np.zeros((1, 2, 2), np.float32))
     one = np.ones(1, np.float32)
-    kept = np.zeros((0, 0), np.uint8)
+    kept, drawn = np.zeros((0, 0), np.uint8), (np.zeros(0, np.uint64), np.zeros(0, np.int32))
     for result in (out[0], np.zeros(2, np.uint16)):
-        task(*(matrix, *arrays, kept, True, one, one, True, True, True, ONE, ONE, result))
+        task(
+            *(matrix, *arrays, kept, 0, *drawn, True, one, one, True, True, True, ONE, ONE, result)
+        )

@@ -1,4 +1,4 @@
-"""Owns random draws, and keeping what they choose."""
+"""Owns random draws, and what they choose among the differences from a base."""
 
 from __future__ import annotations
 
@@ -6,13 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from moeforge.kernels.rows import STRETCH, compiled
+from moeforge.kernels.lanes import fold
+from moeforge.kernels.rows import ONE, STRETCH, ZERO, compiled, wide, widen
 
 _GOLDEN, _FIRST, _SECOND = (
     np.uint64(0x9E3779B97F4A7C15),
     np.uint64(0xBF58476D1CE4E5B9),
     np.uint64(0x94D049BB133111EB),
 )
+ALL = 2**15
+"""Where draws below a limit are kept: the limit that keeps everything."""
+_PADDED = STRETCH + 16
+"""Elements of a row of sums: a power of two would have rows share cache lines."""
+
+
+@compiled
+def words_of(key: Any, first: Any, words: Any) -> None:
+    """Put the words of numbers from `first` on into `words`, uint64: four draws each."""
+    state = np.uint64(first) * _GOLDEN + (key + _GOLDEN)
+    for j in range(words.size):
+        word = (state ^ (state >> np.uint64(30))) * _FIRST
+        word = (word ^ (word >> np.uint64(27))) * _SECOND
+        words[j] = word ^ (word >> np.uint64(31))
+        state += _GOLDEN
 
 
 @compiled
@@ -29,11 +45,7 @@ def draws(key: Any, start: Any, out: Any) -> None:
     done = 0
     while done < out.size:
         first = (start + done) // 4
-        for j in range(words.size):
-            word = np.uint64(first + j) * _GOLDEN + (key + _GOLDEN)
-            word = (word ^ (word >> np.uint64(30))) * _FIRST
-            word = (word ^ (word >> np.uint64(27))) * _SECOND
-            words[j] = word ^ (word >> np.uint64(31))
+        words_of(key, first, words)
         begin = start + done - 4 * first
         count = min(STRETCH - begin, out.size - done)
         out[done : done + count] = lanes[begin : begin + count]
@@ -47,7 +59,60 @@ def keep(values: Any, kept: Any) -> None:
         values[j] *= np.float32(kept[j])
 
 
+@compiled
+def _add_magnitudes(row: Any, base: Any, sums: Any) -> None:
+    for j in range(row.size):
+        sums[j] += abs(wide(row[j]) - base[j])
+
+
+@compiled
+def _add_drawn(row: Any, base: Any, drawn: Any, limit: Any, sums: Any) -> None:
+    # In one array, a known distance apart: compiled for vectors without asking where they lie.
+    for j in range(row.size):
+        value = abs(wide(row[j]) - base[j])
+        sums[j] += value
+        sums[_PADDED + j] += value * (ONE if drawn[j] < limit else ZERO)
+
+
+@compiled
+def thinned(matrix: Any, start: Any, keys: Any, limits: Any, block: Any, sums: Any) -> None:
+    """Put Σ|δ| of each model's differences from the base, and of what is drawn, into `sums`.
+
+    Args:
+        matrix: base and models.
+        start: number of the first element.
+        keys: uint64 [models], which draws follow from.
+        limits: int32 [models], below which draws are kept; ALL for everything.
+        block: elements per block.
+        sums: float64 [blocks, 2, models]; as it is for everything, and for what is kept.
+    """
+    models = matrix.shape[0] - 1
+    lanes, base = np.zeros((models, 2, _PADDED), np.float32), np.empty(STRETCH, np.float32)
+    words = np.empty(STRETCH // 4 + 1, np.uint64)
+    drawn = words.view(np.int16)
+    for number in range(sums.shape[0]):
+        last = min((number + 1) * block, matrix.shape[1])
+        for begin in range(number * block, last, STRETCH):
+            end = min(begin + STRETCH, last)
+            first = (start + begin) // 4
+            odd = start + begin - 4 * first
+            widen(matrix[0, begin:end], base[: end - begin])
+            for i in range(models):
+                row, into = matrix[i + 1, begin:end], lanes[i].reshape(-1)
+                if limits[i] >= ALL:
+                    _add_magnitudes(row, base, into)
+                    continue
+                words_of(keys[i], first, words)
+                _add_drawn(row, base, drawn[odd : odd + row.size], limits[i], into)
+        for i in range(models):
+            if limits[i] >= ALL:
+                lanes[i, 1] = lanes[i, 0]
+            fold(lanes[i], sums[number, :, i])
+
+
 def warm(kind: Any) -> None:
-    """Have everything compiled; draws know no dtype."""
+    """Have everything compiled for matrices of numpy dtype `kind`."""
     draws(np.uint64(0), 0, np.zeros(2, np.int16))
     keep(np.zeros(2, np.float32), np.zeros(2, np.uint8))
+    keys, limits = np.zeros(1, np.uint64), np.zeros(1, np.int32)
+    thinned(np.zeros((2, 2), kind), 0, keys, limits, 2, np.zeros((1, 2, 1)))

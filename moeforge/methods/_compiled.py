@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
-from moeforge.methods import Params, Place
-from moeforge.methods._sums import result_of
-from moeforge.methods._task import LEAST, Bounds, Stats, densities
+from moeforge.methods import BLOCK, Params, Place
+from moeforge.methods._sums import result_of, sums_for
+from moeforge.methods._task import LEAST, Bounds, Chances, Stats, densities
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,7 @@ def merged(
     *,
     bounds: Bounds,
     bits: Any,
+    chances: Chances | None,
     consensus: bool,
 ) -> Tensor:
     """Return what `merge` returns, by the compiled kernel.
@@ -32,6 +33,7 @@ def merged(
         place: where the elements lie.
         bounds: the sparsifier's.
         bits: which elements are kept, packed; or None.
+        chances: of the sparsifier, if it draws element by element.
         consensus: elect signs.
     """
     import numpy as np
@@ -40,12 +42,32 @@ def merged(
 
     count = matrix.shape[1]
     if not stats.ready:
-        stats.ready.append(_ready(params, stats, place, bounds, consensus=consensus))
-    lasts, values, more = stats.ready[0]
+        drawn = (np.empty(0, np.uint64), np.empty(0, np.int32))
+        drawn = drawn if chances is None else chances(params)
+        ready = _ready(params, stats, place, bounds, consensus=consensus)
+        stats.ready.append((*ready, drawn))
+    lasts, values, more, drawn = stats.ready[0]
     kept = np.empty((0, 0), np.uint8) if bits is None else np.unpackbits(bits, 1, count)
     out = result_of(count, place)
-    task(matrix, lasts + (1 - place.start), values, kept, *more, kernels.matrix(out))
+    borders = lasts + (1 - place.start)
+    task(matrix, borders, values, kept, place.start, *drawn, *more, kernels.matrix(out))
     return out
+
+
+def thinned(matrix: Any, params: Params, place: Place, chances: Chances) -> list[tuple[float, ...]]:
+    """Return, of each block, Σ|x| of the deltas, then of what is kept of them.
+
+    Args:
+        matrix: base and models, as `kernels.matrix` gives them.
+        params: the method's.
+        place: where the elements lie.
+        chances: of the sparsifier.
+    """
+    from moeforge.kernels.drawing import thinned as compiled
+
+    sums = sums_for(matrix, 2 * (len(matrix) - 1))
+    compiled(matrix, place.start, *chances(params), BLOCK, sums.reshape(len(sums), 2, -1))
+    return sums.tolist()  # type: ignore[no-any-return]
 
 
 def _ready(

@@ -59,23 +59,37 @@ def drop(index: int, delta: Tensor, params: Params, found: Any, place: Place) ->
     Source: Yu et al., "Language models are super Mario" (DARE), arXiv 2311.03099.
     """
     if delta.device.type == "cuda":
-        bound = round(max(densities(params)[index], 0.0) * 2**16)
-        if bound >= 2**16:
+        limit = _limit(densities(params)[index])
+        if limit >= 2**15:
             return
         key = derive(params["key"], index)
         from moeforge.methods._gpu import draws as drawn_there
 
-        delta.mul_(drawn_there(key, place.start, delta.numel(), delta.device) < bound - 2**15)
+        delta.mul_(drawn_there(key, place.start, delta.numel(), delta.device) < limit)
         return
     keep(delta, lucky(index, delta, params, place))
+
+
+def chances(params: Params) -> tuple[Any, Any]:
+    """Return by what kernels draw as `drop` does: keys of the deltas, and limits of their draws."""
+    import numpy as np
+
+    shares = densities(params)
+    keys = [derive(params["key"], index) for index in range(len(shares))]
+    return np.array(keys, np.uint64), np.array([_limit(share) for share in shares], np.int32)
+
+
+def _limit(share: float) -> int:
+    """Return the number below which draws keep; 2**15 where all of them do."""
+    return round(min(max(share, 0.0), 1.0) * 2**16) - 2**15
 
 
 def lucky(index: int, delta: Tensor, params: Params, place: Place) -> Any:
     """Return which elements of a delta `drop` keeps: a numpy array of bools."""
     import numpy as np
 
-    bound = round(max(densities(params)[index], 0.0) * 2**16)
-    if bound >= 2**16:
+    limit = _limit(densities(params)[index])
+    if limit >= 2**15:
         return np.ones(delta.numel(), np.bool_)
     drawn = draws(derive(params["key"], index), place.start, delta.numel())
-    return drawn < np.int16(bound - 2**15)
+    return drawn < np.int16(limit)

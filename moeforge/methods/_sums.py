@@ -70,10 +70,20 @@ def lane_sums(block: Tensor) -> Any:
 
 
 def joined(lanes: Any) -> list[Any]:
-    """Return the sums over the last dimension of lanes, added up in float64, as nested lists."""
+    """Return what lanes, the last dimension, add up to in float64, halves added to halves."""
     import numpy as np
 
-    return lanes.sum(-1, dtype=np.float64).tolist()  # type: ignore[no-any-return]
+    lanes = lanes.astype(np.float64)
+    while (half := lanes.shape[-1] // 2) > 0:
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0].tolist()  # type: ignore[no-any-return]
+
+
+def sums_for(matrix: Any, rows: int) -> Any:
+    """Return memory for kernels to put sums into, of `rows` rows of each block: [blocks, rows]."""
+    import numpy as np
+
+    return np.empty((max(-(-matrix.shape[1] // BLOCK), 1), rows))
 
 
 def absolute(tensors: Tensor) -> list[list[float]]:
@@ -90,10 +100,10 @@ def add_up(sums: Iterable[Sequence[float]]) -> tuple[float, ...]:
     return tuple(map(math.fsum, zip(*sums, strict=True)))
 
 
-def total(look: Callable[[Tensor, Place], list[tuple[float, ...]]]) -> Measurement:
-    """Scan once for tuples of sums, one tuple for each block, and return their totals."""
+def total(look: Callable[[Tensor, Place], list[Any]]) -> Measurement:
+    """Scan once for sequences of sums, one for each block, and return their totals."""
 
-    def join(pieces: list[list[tuple[float, ...]]]) -> tuple[float, ...]:
+    def join(pieces: list[list[Any]]) -> tuple[float, ...]:
         return add_up(sums for piece in pieces for sums in piece)
 
     return add_up((yield Scan(look, join)))

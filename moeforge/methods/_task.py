@@ -36,6 +36,9 @@ small or unlucky elements of the delta to zero."""
 Choose = Callable[[int, "Tensor", Params, Place], Any]
 """(index among the models that are not the base, magnitudes of a delta whose density is between
 zero and one, params, place): which elements of it `Sparsify` keeps, a numpy array of bools."""
+Chances = Callable[[Params], tuple[Any, Any]]
+"""What kernels draw by where `Sparsify` keeps elements by chance alone, for each model but the
+base: a key, uint64, and a limit below which draws are kept, int32."""
 Find = Callable[[Params, Place], Measurement]
 Bounds = Callable[[int, Any, Place], "tuple[Cut | None, Cut | None]"]
 """(index among the models that are not the base, what `find` returned, place): the cut below which
@@ -239,6 +242,7 @@ def task_method(
     *,
     sparsify: Sparsify = _keep,
     choose: Choose | None = None,
+    chances: Chances | None = None,
     find: Find = _nothing,
     bounds: Bounds | None = None,
     consensus: bool = False,
@@ -255,6 +259,7 @@ def task_method(
         paper: where it comes from.
         sparsify: what becomes of a delta whose density is below one.
         choose: what a sparsifier that draws keeps.
+        chances: by what kernels draw, if the sparsifier asks for no more than chances.
         find: what the sparsifier must know first.
         bounds: what the sparsifier does, as cuts; None if it does it otherwise.
         consensus: elect signs.
@@ -283,6 +288,10 @@ def task_method(
 
             def look(tensors: Tensor, here: Place) -> tuple[list[tuple[float, ...]], Kept]:
                 matrix = kernels.matrix(tensors)
+                if chances is not None and matrix is not None:
+                    from moeforge.methods._compiled import thinned
+
+                    return thinned(matrix, params, here, chances), {}
                 if drawn is not None and matrix is not None:
                     return _drawn(matrix, params, here, drawn)
                 parts = deltas(tensors)
@@ -308,14 +317,18 @@ def task_method(
     def merge(tensors: Tensor, params: Params, stats: Stats, place: Place) -> Tensor:
         weights = params["weight"][1:]
         bits = stats.kept.get((place.start, tensors.shape[1]))
-        known = bits is not None or bounds is not None or sparsify is _keep
-        known = known or min(densities(params)) >= 1
+        known = bits is not None or bounds is not None or chances is not None
+        known = known or sparsify is _keep or min(densities(params)) >= 1
         if known and (matrix := kernels.matrix(tensors)) is not None:
             by = bounds if bits is None and bounds is not None else _no_bounds
             from moeforge.methods._compiled import merged
 
             return merged(
-                *(matrix, params, stats, place), bounds=by, bits=bits, consensus=consensus
+                *(matrix, params, stats, place),
+                bounds=by,
+                bits=bits,
+                chances=chances,
+                consensus=consensus,
             )
         parts, base = deltas(tensors), tensors[0]
         if bits is not None:

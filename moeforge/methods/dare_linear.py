@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeforge.methods._random import drop, lucky
+from moeforge.methods._random import chances, drop, lucky
 from moeforge.methods._task import task_method
 
 METHOD = task_method(
@@ -10,5 +10,6 @@ METHOD = task_method(
     "https://arxiv.org/abs/2311.03099",
     sparsify=drop,
     choose=lucky,
+    chances=chances,
     rescale=True,
 )

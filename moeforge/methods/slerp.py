@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from moeforge.methods import REQUIRED, Measurement, Method, Param, Params, Place
-from moeforge.methods._sums import blocks, joined, lane_sums, total, weighted
+from moeforge import kernels
+from moeforge.methods import BLOCK, REQUIRED, Measurement, Method, Param, Params, Place
+from moeforge.methods._sums import blocks, joined, lane_sums, sums_for, total, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,7 @@ _COLLINEAR = 0.9995
 """Above this |cosine| the arc is flat: linear interpolation, which needs no division by sin θ."""
 
 
-def _sums(tensors: Tensor, place: Place) -> list[tuple[float, ...]]:
+def _sums(tensors: Tensor, place: Place) -> list[list[float]]:
     """Return Σa², Σb², Σab of each block, a being the base.
 
     A block's sums are in float32, good to some 1e-7; blocks are added up exactly.
@@ -29,10 +30,15 @@ def _sums(tensors: Tensor, place: Place) -> list[tuple[float, ...]]:
 
         a, b = tensors
         sums = block_sums(torch.stack([a * a, b * b, a * b]))
-        return [tuple(block) for block in sums.T.tolist()]
-    # Widened block by block: that stays in the second-level cache.
-    found = (block.float() if block.element_size() == 2 else block for block in blocks(tensors))
-    return [tuple(joined(lane_sums(torch.stack([a * a, b * b, a * b])))) for a, b in found]
+        return sums.T.tolist()
+    if (matrix := kernels.matrix(tensors)) is not None:
+        from moeforge.kernels.angles import squares
+
+        sums = sums_for(matrix, 3)
+        squares(matrix, BLOCK, sums)
+        return sums.tolist()  # type: ignore[no-any-return]
+    products = (torch.stack([a * a, b * b, a * b]) for a, b in blocks(tensors))
+    return [joined(lane_sums(block)) for block in products]
 
 
 def measure(params: Params, place: Place) -> Measurement:
@@ -67,9 +73,8 @@ METHOD = Method(
     merge=merge,
     params={"t": Param(float, REQUIRED)},
     inputs=(2, 2),
-    kernels=("sums",),
+    kernels=("angles", "sums"),
     base="required",
     measure=measure,
-    multiplies=True,
     paper="https://en.wikipedia.org/wiki/Slerp",
 )
