@@ -19,8 +19,8 @@ from moeforge.tensors import BY_NAME, TensorSpec
 ROW = 512
 ROWS = CHUNK // ROW + 300
 NUMEL = ROWS * ROW
-SLICE = 2**17 / NUMEL
-"""A sample is as large as a slice; for each threshold one slice is looked at once more."""
+SLICE = engine.DEFAULT_SLICE / NUMEL
+"""For each threshold one slice is looked at once more; a sample is smaller than a slice."""
 
 READS = {
     "linear": 1,

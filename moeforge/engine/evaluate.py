@@ -15,7 +15,7 @@ import torch
 from moeforge import kernels, methods
 from moeforge.engine import noise, reshape, rows
 from moeforge.engine.buffers import Buffer, torch_dtype
-from moeforge.engine.reading import Reader
+from moeforge.engine.reading import Reader, gather
 from moeforge.methods import BLOCK, CHUNK, PADDING, Place, Scan
 from moeforge.plans import (
     Affine,
@@ -254,17 +254,16 @@ class Evaluator:
         count, kind = sum(length for _, length in runs), torch_dtype(working)
         if self._taken_as_stored(node, kind):
             kind = torch.bfloat16
-        tensors = torch.empty(len(node.inputs), count, dtype=kind)
+        tensors, mark = torch.empty(len(node.inputs), count, dtype=kind), self._used
         for row, expr in zip(tensors, node.inputs, strict=True):
             assert isinstance(expr, Read)
             source = self.plan.sources[expr.source]
             dtype = source.specs()[expr.name].dtype
-            raw, filled = Buffer(count * dtype.itemsize), 0
-            for start, length in runs:
-                view = raw.view(length * dtype.itemsize, filled)
-                source.read(expr.name, start * dtype.itemsize, view)
-                filled += len(view)
+            raw, size = self._room(count * dtype.itemsize), dtype.itemsize
+            places = [(start * size, length * size) for start, length in runs]
+            gather(source, expr.name, places, raw.view(count * size))
             row.copy_(raw.tensor(torch_dtype(dtype), count))
+            self._used = mark
         place = Place(self.plan.shape(node), 0)
         with self._arithmetic():
             return scan.join([scan.look(tensors.to(self.device), place)])

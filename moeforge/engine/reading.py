@@ -6,18 +6,41 @@ than reading again, for what is read lies in the cache then; see docs/performanc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from moeforge.engine import WINDOW
 from moeforge.engine.buffers import Buffer, torch_dtype
 from moeforge.plans import Plan, Read
+from moeforge.sources import Source, lies
+from moeforge.system import open_file, read_at
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Key = tuple[str, str]
 """Source and name of a tensor."""
+
+
+def gather(source: Source, name: str, runs: Sequence[tuple[int, int]], out: memoryview) -> None:
+    """Fill `out` with runs of bytes (start, count) of a tensor, one after the other.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    span, filled = lies(source, name), 0
+    # The file itself where there is one: of many short reads most is the way to them.
+    file = None if span is None else open_file(span.path, os.O_RDONLY)
+    try:
+        for start, count in runs:
+            part = out[filled : filled + count]
+            filled += count
+            if span is None or file is None or read_at(file, part, span.offset + start) < count:
+                source.read(name, start, part)  # which says what is wrong, if anything is
+    finally:
+        if file is not None:
+            os.close(file)
 
 
 class _Window:
