@@ -34,7 +34,7 @@ READS = {
     "model_stock": 2,
     "karcher": 2,
     "multislerp": 2,
-    "sce": 4 + 2 * SLICE,
+    "sce": 2 + 2 * SLICE,
 }
 """How often each byte of an input is read, at most; the last read makes the result."""
 CHOSEN = {"density": 0.4, "epsilon": 0.1, "select_topk": 0.3, "t": 0.4}

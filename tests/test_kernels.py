@@ -287,14 +287,14 @@ def test_every_method_with_kernels_is_compared_here():
 @pytest.mark.parametrize("word", ["ties", "sce", "dare_ties"])
 def test_they_are_what_computes_where_they_are_loaded(quick, tmp_path, monkeypatch, word):
     """Else the comparison above would be of torch with itself."""
-    from moeforge.methods import _task, sce
+    from moeforge.methods import _spread, _task
 
     def refuse(*_, **__):
         raise AssertionError("torch computed")
 
     monkeypatch.setattr(kernels, "WORTH", dict.fromkeys(kernels.WORTH, 0))
     monkeypatch.setattr(_task, "elect", refuse)
-    monkeypatch.setattr(sce, "variance", refuse)
+    monkeypatch.setattr(_spread, "spread", refuse)
     params = next(params for name, params in CASES if name == word)
     built(plan_of(word, params, models((37, 2051), torch.bfloat16)), tmp_path / "made")
 

@@ -11,7 +11,7 @@ from moeforge.engine import jobs
 from moeforge.engine.evaluate import Evaluator
 from moeforge.engine.pool import Pool
 from moeforge.errors import BuildError
-from moeforge.methods import Method, _counted, _select
+from moeforge.methods import Method, _counted, _select, _target
 from moeforge.methods._cut import NONE, Cut
 from moeforge.methods._select import cuts
 from moeforge.plans import Merge, Plan, PlannedTensor, Read
@@ -171,7 +171,7 @@ def test_a_bracket_that_misses_is_mended(small, monkeypatch, kind, lie):
     def bracket(self, runs):
         self._low, self._high = lie
 
-    monkeypatch.setattr(_select._Target, "bracket", bracket)
+    monkeypatch.setattr(_target.Target, "bracket", bracket)
     values = KINDS[kind]()
     agree([values], [[1, N // 100, N // 2, N - 1, N]])
 
@@ -186,7 +186,7 @@ def test_a_sample_that_is_not_like_the_rest(small, monkeypatch):
 @pytest.mark.parametrize("kind", ["continuous", "ascending", "float64", "rows of different scale"])
 def test_too_many_distinct_values_are_told_apart_in_more_passes(small, monkeypatch, kind):
     monkeypatch.setattr(_select, "_HELD", 2**9)
-    for room in (_select, _counted):
+    for room in (_target, _counted):
         monkeypatch.setattr(room, "RESOLUTION", 4)
     rounded = []
     merge = _counted.merge
@@ -195,7 +195,7 @@ def test_too_many_distinct_values_are_told_apart_in_more_passes(small, monkeypat
         rounded.append(any(piece.rounded for piece in pieces))
         return merge(pieces)
 
-    for room in (_select, _counted):
+    for room in (_target, _counted):
         monkeypatch.setattr(room, "merge", spy)
     values = KINDS[kind]()
     counts = [[3, N // 7, N // 2, values.size - 3]]

@@ -128,8 +128,14 @@ def subtract(row: Any, base: Any) -> None:
 
 
 @compiled
+def sign_of(total: Any) -> Any:
+    """Return the sign of a sum, 1 or −1; 1 where it is zero."""
+    value = total + _TINIEST
+    return ONE if value > ZERO else (-ONE if value < ZERO else ZERO)
+
+
+@compiled
 def majority(total: Any, sign: Any) -> None:
     """Put the signs of sums into `sign`, 1 or −1; 1 where they are zero."""
     for j in range(total.size):
-        value = total[j] + _TINIEST
-        sign[j] = ONE if value > ZERO else (-ONE if value < ZERO else ZERO)
+        sign[j] = sign_of(total[j])

@@ -1,4 +1,4 @@
-"""Owns what `sce` needs: how much differences from a base vary over models, and its merge."""
+"""Owns what `sce` needs: how far models are from one another, their energies, and its merge."""
 
 from __future__ import annotations
 
@@ -6,207 +6,289 @@ from typing import Any
 
 import numpy as np
 
+from moeforge.kernels import counting
+from moeforge.kernels.counting import ROOM, collect
 from moeforge.kernels.rows import (
     ONE,
     STRETCH,
     ZERO,
-    add,
+    as_bits,
     compiled,
     majority,
+    sign_of,
     store,
-    subtract,
+    wide,
     widen,
 )
 
-
-@compiled
-def _differences(matrix: Any, start: Any, end: Any, base: Any, parts: Any) -> None:
-    widen(matrix[0, start:end], base)
-    for i in range(1, matrix.shape[0]):
-        row = parts[i - 1, : base.size]
-        widen(matrix[i, start:end], row)
-        subtract(row, base)
+_NOWHERE = np.uint32(0xFFFFFFFF)
 
 
 @compiled
-def _variance_of_three(one: Any, two: Any, three: Any, out: Any) -> None:
-    """Do as `_variance`, in one loop, for as many models as are merged most often."""
-    count = np.float32(3.0)
-    for j in range(out.size):
-        mean = (one[j] + two[j] + three[j] + ZERO) / count
-        a, b, c = one[j] - mean, two[j] - mean, three[j] - mean
-        out[j] = (a * a + b * b + c * c + ZERO) / count
+def _add_square(one: Any, two: Any, spread: Any) -> None:
+    for j in range(spread.size):
+        x = wide(one[j]) - wide(two[j])
+        spread[j] += x * x
 
 
 @compiled
-def _variance(parts: Any, mean: Any, out: Any) -> None:
-    # Zeros are added because a sum of negative zeros is to be a positive one.
-    size, count = out.size, np.float32(parts.shape[0])
-    if parts.shape[0] == 3:
-        _variance_of_three(parts[0, :size], parts[1, :size], parts[2, :size], out)
+def _spread_of_three(one: Any, two: Any, three: Any, spread: Any) -> None:
+    """Do as `_spread`, in one loop, for as many models as are merged most often."""
+    for j in range(spread.size):
+        a, b, c = wide(one[j]), wide(two[j]), wide(three[j])
+        x, y, z = a - b, a - c, b - c
+        spread[j] = x * x + y * y + z * z
+
+
+@compiled
+def _spread(matrix: Any, start: Any, end: Any, spread: Any) -> None:
+    """Put Σ (xᵢ − xₖ)² over every two models into `spread`."""
+    if matrix.shape[0] == 4:
+        one, two, three = matrix[1, start:end], matrix[2, start:end], matrix[3, start:end]
+        _spread_of_three(one, two, three, spread)
         return
-    first = parts[0, :size]
-    mean[:] = first
-    for i in range(1, parts.shape[0]):
-        add(mean, parts[i, :size])
-    for j in range(size):
-        mean[j] = (mean[j] + ZERO) / count
-        out[j] = (first[j] - mean[j]) * (first[j] - mean[j])
-    for i in range(1, parts.shape[0]):
-        row = parts[i, :size]
-        for j in range(size):
-            out[j] += (row[j] - mean[j]) * (row[j] - mean[j])
-    for j in range(size):
-        out[j] = (out[j] + ZERO) / count
+    spread[:] = ZERO
+    for i in range(1, matrix.shape[0]):
+        for k in range(i + 1, matrix.shape[0]):
+            _add_square(matrix[i, start:end], matrix[k, start:end], spread)
 
 
 @compiled
-def variances(matrix: Any, out: Any) -> None:
-    """Put the population variance of the differences from the first row into `out` [elements]."""
-    parts = np.empty((matrix.shape[0] - 1, STRETCH), np.float32)
-    room = np.empty((2, STRETCH), np.float32)
+def spreads(matrix: Any, out: Any) -> None:
+    """Put the sum of squared differences between every two models into `out` [elements]."""
     for start in range(0, matrix.shape[1], STRETCH):
         end = min(start + STRETCH, matrix.shape[1])
-        _differences(matrix, start, end, room[0, : end - start], parts)
-        _variance(parts, room[1, : end - start], out[start:end])
+        _spread(matrix, start, end, out[start:end])
 
 
 @compiled
-def varied(matrix: Any) -> Any:
-    """Return of how many elements the differences from the first row vary at all."""
-    parts = np.empty((matrix.shape[0] - 1, STRETCH), np.float32)
-    room, count = np.empty((3, STRETCH), np.float32), 0
-    for start in range(0, matrix.shape[1], STRETCH):
-        end = min(start + STRETCH, matrix.shape[1])
-        size = end - start
-        _differences(matrix, start, end, room[0, :size], parts)
-        _variance(parts, room[1, :size], room[2, :size])
-        count += _nonzero(room[2, :size])
-    return count
+def _parts(start: Any, end: Any, border: Any, bounds: Any) -> Any:
+    """Return start, end and bound of what lies before `border`, and of what lies from it on."""
+    middle = min(max(border, start), end)
+    return (start, middle, bounds[0]), (middle, end, bounds[1])
 
 
 @compiled
-def _nonzero(values: Any) -> Any:
-    count = np.int32(0)
-    for j in range(values.size):
-        count += np.int32(values[j] != ZERO)
-    return count
+def _add_energy(row: Any, base: Any, spread: Any, bound: Any, lanes: Any) -> None:
+    for j in range(row.size):
+        x = wide(row[j]) - wide(base[j])
+        lanes[j] += x * x if spread[j] >= bound else ZERO
 
 
 @compiled
-def _choose(variance: Any, value: Any, inclusive: Any) -> None:
-    if inclusive:
-        for j in range(variance.size):
-            variance[j] = ONE if variance[j] >= value else ZERO
-    else:
-        for j in range(variance.size):
-            variance[j] = ONE if variance[j] > value else ZERO
-
-
-@compiled
-def _varying(parts: Any, size: Any, room: Any, value: Any, border: Any) -> None:
-    """Set what varies less than `value` to zero; as much as it, too, from element `border` on."""
-    variance = room[1, :size]
-    _variance(parts, room[0, :size], variance)
-    border = min(max(border, 0), size)
-    _choose(variance[:border], value, True)
-    _choose(variance[border:], value, False)
-    for i in range(parts.shape[0]):
-        row = parts[i, :size]
-        for j in range(size):
-            row[j] = row[j] * variance[j]
-
-
-@compiled
-def selected(matrix: Any, value: Any, border: Any, out: Any) -> None:
-    """Put those differences from the first row that vary most over models into `out`.
+def energies(matrix: Any, bounds: Any, border: Any, block: Any, lanes: Any) -> None:
+    """Add the squares of those differences from the first row that are selected to `lanes`.
 
     Args:
         matrix: base and models.
-        value: float32 variance; elements of a smaller one become zero.
-        border: element from which on those of just this variance do, too.
-        out: float32 [models, elements].
+        bounds: float32 [2]: elements of at least this spread are selected, before `border` and
+            from it on; all of them, if it is negative.
+        border: an element's number.
+        block: elements in a block, a multiple of STRETCH.
+        lanes: float32 [blocks, models, STRETCH].
     """
-    parts = np.empty((matrix.shape[0] - 1, STRETCH), np.float32)
-    room = np.empty((3, STRETCH), np.float32)
+    room = np.zeros(STRETCH, np.float32)
+    for start in range(0, matrix.shape[1], STRETCH):
+        for first, stop, bound in _parts(
+            start, min(start + STRETCH, matrix.shape[1]), border, bounds
+        ):
+            if first == stop:
+                continue
+            spread = room[: stop - first]
+            if bound >= ZERO:
+                _spread(matrix, first, stop, spread)
+            for i in range(1, matrix.shape[0]):
+                sums = lanes[start // block, i - 1, first - start : stop - start]
+                _add_energy(matrix[i, first:stop], matrix[0, first:stop], spread, bound, sums)
+
+
+@compiled
+def _count(spread: Any, stop: Any) -> Any:
+    reached, varying = np.int32(0), np.int32(0)
+    for j in range(spread.size):
+        reached += np.int32(spread[j] >= stop)
+        varying += np.int32(spread[j] != ZERO)
+    return reached, varying
+
+
+@compiled
+def _number(spread: Any, first: Any, width: Any, numbers: Any) -> None:
+    """Put the numbers of the elements inside a bracket into `numbers`, of others _NOWHERE."""
+    for j in range(spread.size):
+        inside = np.uint32(as_bits(spread[j]) - first) < width
+        numbers[j] = np.uint32(j) if inside else _NOWHERE
+
+
+@compiled
+def tally(
+    matrix: Any,
+    first: Any,
+    stop: Any,
+    block: Any,
+    most: Any,
+    lanes: Any,
+    values: Any,
+    squares: Any,
+) -> Any:
+    """Count spreads around a bracket, and collect those inside and what would be their energy.
+
+    Args:
+        matrix: base and models.
+        first: float32, spread from which on elements are inside.
+        stop: float32, spread from which on they are above the bracket.
+        block: elements in a block, a multiple of STRETCH.
+        most: float64, share of a block up to which it is not crowded.
+        lanes: float32 [blocks, models, STRETCH]: the squares of the differences from the first row
+            are added to it, of elements above the bracket.
+        values: float32 [elements], for the spreads inside.
+        squares: float32 [models, elements], for the squares of the differences there.
+
+    Returns:
+        How many are above, how many vary at all, how many are inside; and whether a block is
+        crowded with these.
+    """
+    room = np.empty(STRETCH, np.float32)
+    numbers, found = np.empty(STRETCH, np.uint32), np.empty(STRETCH + ROOM, np.uint32)
+    above, varying, inside, before, crowded = 0, 0, 0, 0, False
+    width = np.uint32(as_bits(stop) - as_bits(first))
     for start in range(0, matrix.shape[1], STRETCH):
         end = min(start + STRETCH, matrix.shape[1])
-        _differences(matrix, start, end, room[2, : end - start], parts)
-        _varying(parts, end - start, room, value, border - start)
-        for i in range(parts.shape[0]):
-            out[i, start:end] = parts[i, : end - start]
+        size = end - start
+        spread, base = room[:size], matrix[0, start:end]
+        _spread(matrix, start, end, spread)
+        reached, vary = _count(spread, stop)
+        above += reached
+        varying += vary
+        _number(spread, as_bits(first), width, numbers[:size])
+        count = np.int64(
+            collect(numbers[:size], np.uint32(0), np.uint32(STRETCH), found, np.uint64(0))
+        )
+        for k in range(count):
+            values[inside + k] = spread[np.int64(found[k])]
+        for i in range(1, matrix.shape[0]):
+            row = matrix[i, start:end]
+            _add_energy(row, base, spread, stop, lanes[start // block, i - 1, :size])
+            for k in range(count):
+                j = np.int64(found[k])
+                x = wide(row[j]) - wide(base[j])
+                squares[i - 1, inside + k] = x * x
+        inside += count
+        if end % block == 0 or end == matrix.shape[1]:
+            crowded |= inside - before > most * ((end - 1) % block + 1)
+            before = inside
+    return above, varying, inside, crowded
 
 
 @compiled
-def _agreeing(row: Any, sign: Any) -> None:
-    """Turn `row` into its magnitudes where it has this sign, zero elsewhere."""
+def _add_difference(row: Any, base: Any, total: Any) -> None:
     for j in range(row.size):
-        value = row[j] * sign[j]
-        row[j] = ZERO if value < ZERO else value
+        total[j] += wide(row[j]) - base[j]
 
 
 @compiled
-def _add_quotient(out: Any, base: Any, total: Any, sign: Any, divisor: Any, step: Any) -> None:
-    """Put base + total · (sign / divisor) · step into `out`."""
+def _deselect(sign: Any, spread: Any, bound: Any) -> None:
+    for j in range(sign.size):
+        sign[j] = sign[j] if spread[j] >= bound else ZERO
+
+
+@compiled
+def _add_terms(row: Any, base: Any, sign: Any, weight: Any, total: Any, divisor: Any) -> None:
+    for j in range(row.size):
+        x = (wide(row[j]) - base[j]) * sign[j]
+        x = ZERO if x < ZERO else x
+        total[j] += x * weight
+        divisor[j] += weight if x > ZERO else ZERO
+
+
+@compiled
+def _add_quotient(base: Any, total: Any, sign: Any, divisor: Any, least: Any, out: Any) -> None:
     for j in range(base.size):
-        store(out, j, base[j] + total[j] * (sign[j] / divisor[j]) * step)
+        store(out, j, base[j] + total[j] * (sign[j] / max(divisor[j], least)))
 
 
 @compiled
-def _add_terms(total: Any, divisor: Any, row: Any, weight: Any) -> None:
-    for j in range(row.size):
-        total[j] += row[j] * weight
-        divisor[j] += weight if row[j] > ZERO else ZERO
-
-
-@compiled
-def sce(
-    matrix: Any, value: Any, border: Any, weights: Any, least: Any, everything: Any, out: Any
+def _merge(
+    matrix: Any, start: Any, end: Any, bound: Any, weights: Any, least: Any, room: Any, out: Any
 ) -> None:
+    size = end - start
+    base, spread, total = room[0, :size], room[1, :size], room[2, :size]
+    sign, divisor = room[3, :size], room[4, :size]
+    widen(matrix[0, start:end], base)
+    _spread(matrix, start, end, spread)
+    for j in range(size):
+        total[j], divisor[j] = -ZERO, ZERO  # to which adding anything changes nothing
+    for i in range(1, matrix.shape[0]):
+        _add_difference(matrix[i, start:end], base, total)
+    majority(total, sign)
+    # Of what is not selected nothing has the sign zero, and the result is the base.
+    _deselect(sign, spread, bound)
+    for j in range(size):
+        total[j] = ZERO
+    for i in range(1, matrix.shape[0]):
+        _add_terms(matrix[i, start:end], base, sign, weights[i - 1], total, divisor)
+    _add_quotient(base, total, sign, divisor, least, out)
+
+
+@compiled
+def _positive(value: Any) -> Any:
+    return ZERO if value < ZERO else value
+
+
+@compiled
+def _merge_three(
+    base: Any, one: Any, two: Any, three: Any, bound: Any, weights: Any, least: Any, out: Any
+) -> None:
+    """Do as `_merge`, in one loop, for as many models as are merged most often."""
+    u, v, w = weights[0], weights[1], weights[2]
+    for j in range(out.size):
+        origin, a, b, c = wide(base[j]), wide(one[j]), wide(two[j]), wide(three[j])
+        x, y, z = a - b, a - c, b - c
+        spread = x * x + y * y + z * z
+        a, b, c = a - origin, b - origin, c - origin
+        sign = sign_of(a + b + c) if spread >= bound else ZERO
+        a, b, c = _positive(a * sign), _positive(b * sign), _positive(c * sign)
+        total = ZERO + a * u + b * v + c * w
+        divisor = u if a > ZERO else ZERO
+        divisor += v if b > ZERO else ZERO
+        divisor += w if c > ZERO else ZERO
+        store(out, j, origin + total * (sign / max(divisor, least)))
+
+
+@compiled
+def sce(matrix: Any, bounds: Any, border: Any, weights: Any, least: Any, out: Any) -> None:
     """Put base + Σ wᵢ·δᵢ / Σ wᵢ into `out`, over the models whose sign is that of Σ δ.
 
     Args:
         matrix: base and models.
-        value: as in `selected`.
-        border: as in `selected`.
+        bounds: as in `energies`.
+        border: as in `energies`.
         weights: float32 [models].
         least: float32, what Σ wᵢ is at least.
-        everything: nothing is deselected.
         out: float32 [elements]; or uint16, for bits of bfloat16.
     """
-    models = matrix.shape[0] - 1
-    parts = np.empty((models, STRETCH), np.float32)
-    room = np.empty((4, STRETCH), np.float32)
+    room = np.empty((5, STRETCH), np.float32)
     for start in range(0, matrix.shape[1], STRETCH):
-        end = min(start + STRETCH, matrix.shape[1])
-        size = end - start
-        base, sign = room[2, :size], room[3, :size]
-        _differences(matrix, start, end, base, parts)
-        if not everything:
-            _varying(parts, size, room, value, border - start)
-        total, divisor = room[0, :size], room[1, :size]
-        total[:] = parts[0, :size]
-        for i in range(1, models):
-            add(total, parts[i, :size])
-        majority(total, sign)
-        # A sum of negative zeros becomes a positive one, as it is added to a positive zero.
-        total[:] = ZERO
-        divisor[:] = ZERO
-        for i in range(models):
-            row = parts[i, :size]
-            _agreeing(row, sign)
-            _add_terms(total, divisor, row, weights[i])
-        for j in range(size):
-            divisor[j] = max(divisor[j], least)
-        _add_quotient(out[start:end], base, total, sign, divisor, ONE)
+        for first, stop, bound in _parts(
+            start, min(start + STRETCH, matrix.shape[1]), border, bounds
+        ):
+            if first == stop:
+                continue
+            if matrix.shape[0] == 4:
+                base, one = matrix[0, first:stop], matrix[1, first:stop]
+                two, three = matrix[2, first:stop], matrix[3, first:stop]
+                _merge_three(base, one, two, three, bound, weights, least, out[first:stop])
+            else:
+                _merge(matrix, first, stop, bound, weights, least, room, out[first:stop])
 
 
 def warm(kind: Any) -> None:
     """Have everything compiled for matrices of numpy dtype `kind`."""
     matrix: Any = np.zeros((2, 2), kind)
-    out = np.zeros((1, 2), np.float32)
-    variances(matrix, out[0])
-    selected(matrix, ZERO, 0, out)
-    varied(matrix)
+    lanes, out = np.zeros((1, 1, STRETCH), np.float32), np.zeros((1, 2), np.float32)
+    bounds, one = np.zeros(2, np.float32), np.ones(1, np.float32)
+    counting.warm(kind)
+    spreads(matrix, out[0])
+    energies(matrix, bounds, 0, 2 * STRETCH, lanes)
+    tally(matrix, ONE, ONE, 2 * STRETCH, 1.0, lanes, out[0], out)
     for result in (out[0], np.zeros(2, np.uint16)):
-        sce(matrix, ZERO, 0, np.ones(1, np.float32), ONE, False, result)
+        sce(matrix, bounds, 0, one, ONE, result)

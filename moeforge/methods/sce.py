@@ -1,7 +1,7 @@
 """sce: select the elements that vary most, weight models by their energy, erase minority signs.
 
 Source: Wan et al., "FuseChat: Knowledge fusion of chat models" (SCE), arXiv 2408.07990. In memory:
-a slice of each model, and what `_select` says while the threshold of the variances is looked for.
+a slice of each model, and what `_spread` says while the elements that vary most are looked for.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
-from moeforge.methods import Measurement, Method, Param, Params, Place, Scan
-from moeforge.methods._cut import Cut
-from moeforge.methods._select import cuts
-from moeforge.methods._sums import blocks, result_of, total
-from moeforge.methods._task import FEW, deltas, divided, majority, summed
+from moeforge.methods import Method, Param, Params, Place, Scan
+from moeforge.methods._spread import bounds, energies, farthest, matrix, selected
+from moeforge.methods._sums import result_of
+from moeforge.methods._task import majority, summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,88 +22,21 @@ _TINY = 1e-6
 """A sum of energies, or of weights, below this counts as zero."""
 
 
-def _matrix(tensors: Tensor) -> Any:
-    """Return `tensors` for the kernels, or None; they add up few models only as torch does."""
-    return kernels.matrix(tensors) if len(tensors) - 1 <= FEW else None
-
-
-def _variances(tensors: Tensor) -> Tensor:
-    """Return the variance of the differences from the first of `tensors` [inputs, elements]."""
-    import torch
-
-    if (matrix := _matrix(tensors)) is None:
-        return variance(deltas(tensors))
-    from moeforge.kernels.varying import variances
-
-    out = torch.empty(matrix.shape[1])
-    variances(matrix, out.numpy())
-    return out
-
-
-def variance(parts: Tensor) -> Tensor:
-    """Return the population variance over models, element by element; parts [models, elements]."""
-    mean = divided(summed(parts), len(parts))
-    return divided(summed((parts - mean).square_()), len(parts))
-
-
-def _find_cut(share: float, place: Place) -> Measurement:
-    """Return the Cut of the elements that vary most: a share of those that vary at all."""
-    import numpy as np
-
-    def count(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
-        if (matrix := _matrix(tensors)) is not None:
-            from moeforge.kernels.varying import varied
-
-            return [(float(varied(matrix)),)]
-        found = _variances(tensors)
-        if found.device.type == "cuda":
-            return [(float(found.count_nonzero()),)]
-        # Counting bools is several times faster than counting floats.
-        return [(float(np.count_nonzero((found != 0.0).cpu().numpy())),)]
-
-    (varying,) = yield from total(count)
-    # In float32, as mergekit: of 100 elements a share of 0.29 is 29, not 28.
-    wanted = int(np.float32(varying) * np.float32(max(share, 0.0)))
-    found = yield from cuts(lambda t, here: _variances(t)[None], [[wanted]], place)
-    return found[0][0]
-
-
-def _selected(tensors: Tensor, cut: Cut | None, place: Place) -> Tensor:
-    if cut is not None and (matrix := _matrix(tensors)) is not None:
-        import numpy as np
-        import torch
-
-        from moeforge.kernels.varying import selected
-
-        out = torch.empty(len(matrix) - 1, matrix.shape[1])
-        selected(matrix, np.float32(cut.value), cut.last + 1 - place.start, out.numpy())
-        return out
-    parts = deltas(tensors)
-    return parts if cut is None else parts.mul_(cut(variance(parts), place.start))
-
-
 def measure(params: Params, place: Place) -> Generator[Scan, list[Any], Any]:
-    """Return the cut, or None for everything, and the weight of each model.
+    """Return the cut, or None for everything, and the weight of each model; none if nothing is cut.
 
     A model's weight is its share of the mean squares of what was selected.
     """
     share = params["select_topk"]
-    cut = (yield from _find_cut(share, place)) if share < 1 else None
-
-    def squares(tensors: Tensor, here: Place) -> list[tuple[float, ...]]:
-        parts = _selected(tensors, cut, here)
-        if parts.device.type == "cuda":
-            from moeforge.methods._gpu import block_sums
-
-            return [tuple(block) for block in block_sums(parts.square()).T.tolist()]
-        found = blocks(parts)
-        return [tuple(block.square().sum(1).tolist()) for block in found]
-
-    energies = [sum_ / max(place.numel, 1) for sum_ in (yield from total(squares))]
-    whole = sum(energies)
+    if share < 1:
+        cut, sums = yield from farthest(share, place)
+    else:
+        cut, sums = None, (yield from energies(None))
+    means = [sum_ / max(place.numel, 1) for sum_ in sums]
+    whole = sum(means)
     if abs(whole) < _TINY:
-        return cut, tuple(1.0 / len(energies) for _ in energies)
-    return cut, tuple(energy / whole for energy in energies)
+        return cut, tuple(1.0 / len(means) for _ in means)
+    return cut, tuple(mean / whole for mean in means)
 
 
 def merge(tensors: Tensor, params: Params, stats: tuple[Any, ...], place: Place) -> Tensor:
@@ -112,17 +44,17 @@ def merge(tensors: Tensor, params: Params, stats: tuple[Any, ...], place: Place)
     import torch
 
     cut, weights = stats
-    if (matrix := _matrix(tensors)) is not None:
+    if (values := matrix(tensors)) is not None:
         import numpy as np
 
         from moeforge.kernels.varying import sce
 
-        out = result_of(matrix.shape[1], place)
-        limits = (np.float32(cut.value), cut.last + 1 - place.start) if cut else (np.float32(0), 0)
+        out = result_of(values.shape[1], place)
         shares = np.array(weights, np.float32)
-        sce(matrix, *limits, shares, np.float32(_TINY), cut is None, kernels.matrix(out))
+        limits = bounds(cut, place.start)
+        sce(values, *limits, shares, np.float32(_TINY), kernels.matrix(out))
         return out
-    base, parts = tensors[0], _selected(tensors, cut, place)
+    base, parts = tensors[0], selected(tensors, cut, place.start)
     sign = majority(parts)
     agreeing = parts.mul_(sign).clamp_(min=0.0)
     weight = torch.tensor(weights, dtype=parts.dtype, device=parts.device)[:, None]
