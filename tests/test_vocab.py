@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import moeforge
+from moeforge import vocabulary
 from moeforge.errors import PlanError, SourceError
 from moeforge.planners.model import Findings, from_source
 from moeforge.planners.vocab import is_vocabulary, mismatch, plan_vocabulary
@@ -480,6 +481,42 @@ def test_tokens_of_another_spelling_have_no_union(checkpoint):
     assert plan.vocabulary is None
     assert "b has a WordLevel tokenizer, a a byte-level BPE one" in plan.said()
     assert Planned(folders, {"source": "base"}).vocabulary is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{\n  "added_tokens": [],\n  "model": {\n    "vocab": {"a": 0}\n  }\n}',
+        '{\n  "a": 1,\n  "model": {\n    "vocab": {}\n  },\n  "a": 2\n}\n',
+        '{\n  "model": {"vocab": {}}}',
+        '{\n  "model": {},\n  "model": {"a": 1}}',
+        '{"inner": {\n  "model": {"vocab": {}}}}',
+        '[{\n  "model": {}}]',
+        '{"model": {"vocab": {}}, "text": "\\n  \\"model\\": {"}',
+        '{"text": "\n  "model": {}}',
+        '{\n  "model": {"vocab": {"a": 0}}',
+        '{,\n  "model": {"vocab": {}}}',
+    ],
+)
+def test_tokenizers_are_read_as_json_is(text, tmp_path):
+    """Whatever the place of the model, which is read once for files that have the same."""
+
+    def result(read):
+        try:
+            return read()
+        except ValueError as error:
+            return str(error)
+
+    expected = result(lambda: json.loads(text))
+    assert result(lambda: vocabulary._loaded(text)) == expected
+
+
+def test_fine_tunes_share_what_they_have_in_common(tmp_path):
+    words("<unk>", *"abc").save_pretrained(tmp_path / "one")
+    words("<unk>", *"abc", added=["<x>"]).save_pretrained(tmp_path / "more")
+    one, more = (read(tmp_path / name, name) for name in ("one", "more"))
+    assert one.backend["model"] is more.backend["model"]
+    assert (one.ids, more.ids) == ({"<unk>": 0, "a": 1, "b": 2, "c": 3}, {**one.ids, "<x>": 4})
 
 
 def test_tokenizers_that_cannot_be_used(checkpoint, tmp_path):

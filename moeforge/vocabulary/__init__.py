@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ _DEFAULT: Settings = {
     "normalized": True,
     "special": False,
 }
+_MODEL = '\n  "model": {'
+"""Where the model begins in a file of the library tokenizers."""
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 """Keys of tokenizer_config.json whose values are special tokens."""
 
@@ -129,7 +131,7 @@ def read(folder: Path | None, label: str) -> Tokens:
 def _json(path: Path, label: str) -> dict[str, Any]:
     """Return the mapping in `path`; an empty one where there is no such file."""
     try:
-        data = json.loads(read_text(path)) if path.exists() else {}
+        data = _loaded(read_text(path)) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         what = f"{label}: {path.name} cannot be read: {reason}"
@@ -137,6 +139,33 @@ def _json(path: Path, label: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise SourceError(Finding(f"{label}: {path.name} is not a mapping"))
     return data
+
+
+def _loaded(text: str) -> Any:
+    """Return what `text` says in JSON.
+
+    Fine-tunes of one model add tokens and share the vocabulary, which is nearly all of a
+    tokenizer.json and stands at its end. It is read once, and takes the memory of one.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    start = text.find(_MODEL)
+    if start < 0:
+        return json.loads(text)
+    try:
+        # There are no line breaks within a string. So `text` is JSON if both parts are, and says
+        # what both say.
+        return {**json.loads(text[:start] + '"model": null}'), **_model(text[start:])}
+    except (ValueError, RecursionError):
+        return json.loads(text)  # says where it is broken
+
+
+@lru_cache(maxsize=1)
+def _model(text: str) -> dict[str, Any]:
+    """Return what the end of a tokenizer.json says, from its model on; nobody writes on it."""
+    loaded: dict[str, Any] = json.loads("{" + text)
+    return loaded
 
 
 def _convert(folder: Path, label: str) -> dict[str, Any]:
