@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import hub_cards
 import huggingface_hub
@@ -19,9 +20,11 @@ from moeforge.cli import app
 from moeforge.markdown import block
 from moeforge.output import cards
 from moeforge.output.cards.facts import Parent
+from moeforge.output.cards.gather import _roles, _taken
 from moeforge.output.cards.kept import BEGIN, END
 from moeforge.output.cards.licences import KINDS, together
 from moeforge.output.cards.strangers import Said, read_card
+from moeforge.recipe import load
 
 COMMITS = {"acme/one": "1" * 40, "acme/two": "2" * 40, "acme/lora": "3" * 40}
 ONE = "---\nlicense: mit\nlanguage: [en, de]\ndatasets:\n- acme/texts\n---\n# One\n"
@@ -234,6 +237,28 @@ def test_cards_of_surgery_say_which_experts_of_what(hub, tmp_path):
     before = (tmp_path / "fewer" / "README.md").read_bytes()
     run("card", tmp_path / "fewer")
     assert (tmp_path / "fewer" / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [
+        ([5, *range(6)], "experts 5, 0, 1, 2, 3, 4, 5"),
+        ([*range(8), 9], "experts 0 to 7, 9"),
+        ([40, *range(32), 30, 7], "experts 40, 0 to 31, 30, 7"),
+        ([*range(0, 128, 2)], "64 experts, which the recipe lists"),
+    ],
+)
+def test_many_experts_are_told_of_as_runs(keep, said):
+    assert _taken(load({"regroup": {"model": "moe", "keep": keep}}).recipe) == said
+
+
+def test_a_parent_of_many_experts_says_so_shortly():
+    experts = SimpleNamespace(base="a", labels=("b",) * 40 + ("a", "b"), shared=("b",))
+    plan, source = SimpleNamespace(experts=experts, donor=None), SimpleNamespace(config={})
+    roles = _roles(plan, None, "b", source, [])
+    assert list(roles) == ["expert 0 to 39, 41", "shared expert 0"]
+    experts.labels = ("a", "b") * 20
+    assert next(_roles(plan, None, "b", source, [])) == "20 experts"
 
 
 # --- licences -------------------------------------------------------------------------------------

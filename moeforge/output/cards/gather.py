@@ -25,6 +25,8 @@ from moeforge.vocabulary.chat import read_template
 
 _SHOWN = 3
 """Prompts of an expert that are told of."""
+_LISTED = 8
+"""Numbers of experts, or runs of them, that are told of one by one."""
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _TEMPLATES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 
@@ -119,9 +121,9 @@ def _roles(
         ("shared expert", experts.shared if experts else ()),
     ):
         # An expert with an adapter is named "model+adapter".
-        numbers = [str(n) for n, label in enumerate(labels) if key in (label, *label.split("+"))]
+        numbers = [n for n, label in enumerate(labels) if key in (label, *label.split("+"))]
         if numbers:
-            yield f"{word} {', '.join(numbers)}"
+            yield f"{word} {said}" if (said := _numbers(numbers)) else f"{len(numbers)} {word}s"
     if layers:
         yield f"layers {', '.join(layers)}"
     if source is plan.donor:
@@ -151,9 +153,24 @@ def _taken(recipe: Recipe) -> str:
     if not isinstance(recipe, RegroupRecipe):
         return ""
     kept = recipe.regroup.keep
-    if isinstance(kept[0], int):
-        return f"experts {', '.join(map(str, kept))}"
-    return f"{len(kept[0])} experts of each layer, which the recipe lists"
+    numbers = [number for number in kept if isinstance(number, int)]
+    if said := _numbers(numbers):
+        return f"experts {said}"
+    count = f"{len(numbers)} experts" if numbers else f"{len(kept[0])} experts of each layer"
+    return f"{count}, which the recipe lists"
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """Return numbers in their order, many of them as runs; empty where that is no shorter."""
+    if len(numbers) <= _LISTED:
+        return ", ".join(map(str, numbers))
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(map(_span, runs)) if len(runs) <= _LISTED else ""
 
 
 def _layers(plan: Plan) -> dict[str, list[str]]:
