@@ -14,7 +14,6 @@ from moeforge.kernels.rows import (
     ZERO,
     as_bits,
     compiled,
-    majority,
     sign_of,
     store,
     wide,
@@ -120,6 +119,22 @@ def _number(spread: Any, first: Any, width: Any, numbers: Any) -> None:
 
 
 @compiled
+def _add_squares(row: Any, base: Any, spread: Any, bound: Any, squares: Any, lanes: Any) -> None:
+    """Do as `_add_energy`; put the squares of all differences into `squares`."""
+    for j in range(row.size):
+        x = wide(row[j]) - wide(base[j])
+        x = x * x
+        squares[j] = x
+        lanes[j] += x if spread[j] >= bound else ZERO
+
+
+@compiled
+def _take(values: Any, numbers: Any, out: Any) -> None:
+    for k in range(out.size):
+        out[k] = values[numbers[k]]
+
+
+@compiled
 def tally(
     matrix: Any,
     first: Any,
@@ -147,32 +162,29 @@ def tally(
         How many are above, how many vary at all, how many are inside; and whether a block is
         crowded with these.
     """
-    room = np.empty(STRETCH, np.float32)
+    room = np.empty((2, STRETCH), np.float32)
     numbers, found = np.empty(STRETCH, np.uint32), np.empty(STRETCH + ROOM, np.uint32)
     above, varying, inside, before, crowded = 0, 0, 0, 0, False
-    width = np.uint32(as_bits(stop) - as_bits(first))
+    low = as_bits(first)
+    width = np.uint32(as_bits(stop) - low)
     for start in range(0, matrix.shape[1], STRETCH):
         end = min(start + STRETCH, matrix.shape[1])
         size = end - start
-        spread, base = room[:size], matrix[0, start:end]
+        spread, row, base = room[0, :size], room[1, :size], matrix[0, start:end]
         _spread(matrix, start, end, spread)
         reached, vary = _count(spread, stop)
         above += reached
         varying += vary
-        _number(spread, as_bits(first), width, numbers[:size])
-        count = np.int64(
-            collect(numbers[:size], np.uint32(0), np.uint32(STRETCH), found, np.uint64(0))
-        )
-        for k in range(count):
-            values[inside + k] = spread[np.int64(found[k])]
-        for i in range(1, matrix.shape[0]):
-            row = matrix[i, start:end]
-            _add_energy(row, base, spread, stop, lanes[start // block, i - 1, :size])
-            for k in range(count):
-                j = np.int64(found[k])
-                x = wide(row[j]) - wide(base[j])
-                squares[i - 1, inside + k] = x * x
-        inside += count
+        _number(spread, low, width, numbers[:size])
+        count = collect(numbers[:size], np.uint32(0), np.uint32(STRETCH), found, np.uint64(0))
+        until = inside + np.int64(count)
+        _take(spread, found, values[inside:until])
+        for i in range(matrix.shape[0] - 1):
+            if reached or count:
+                sums = lanes[start // block, i, :size]
+                _add_squares(matrix[i + 1, start:end], base, spread, stop, row, sums)
+                _take(row, found, squares[i, inside:until])
+        inside = until
         if end % block == 0 or end == matrix.shape[1]:
             crowded |= inside - before > most * ((end - 1) % block + 1)
             before = inside
@@ -186,9 +198,11 @@ def _add_difference(row: Any, base: Any, total: Any) -> None:
 
 
 @compiled
-def _deselect(sign: Any, spread: Any, bound: Any) -> None:
-    for j in range(sign.size):
-        sign[j] = sign[j] if spread[j] >= bound else ZERO
+def _elect(total: Any, spread: Any, bound: Any, sign: Any, divisor: Any) -> None:
+    """Put the signs of sums into `sign`, zero where nothing is selected; begin sums anew."""
+    for j in range(total.size):
+        sign[j] = sign_of(total[j]) if spread[j] >= bound else ZERO
+        total[j], divisor[j] = ZERO, ZERO
 
 
 @compiled
@@ -216,14 +230,11 @@ def _merge(
     widen(matrix[0, start:end], base)
     _spread(matrix, start, end, spread)
     for j in range(size):
-        total[j], divisor[j] = -ZERO, ZERO  # to which adding anything changes nothing
+        total[j] = -ZERO  # to which adding anything changes nothing, not even a negative zero
     for i in range(1, matrix.shape[0]):
         _add_difference(matrix[i, start:end], base, total)
-    majority(total, sign)
     # Of what is not selected nothing has the sign zero, and the result is the base.
-    _deselect(sign, spread, bound)
-    for j in range(size):
-        total[j] = ZERO
+    _elect(total, spread, bound, sign, divisor)
     for i in range(1, matrix.shape[0]):
         _add_terms(matrix[i, start:end], base, sign, weights[i - 1], total, divisor)
     _add_quotient(base, total, sign, divisor, least, out)

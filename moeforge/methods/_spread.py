@@ -176,16 +176,21 @@ def _tally(tensors: Tensor, limits: Limits) -> Any:
     import torch
 
     found = spreads(tensors)
-    parts, values = deltas(tensors).square_(), found.numpy()
-    above = found >= float(limits.stop)
-    inside = np.flatnonzero((values >= limits.first) & (values < limits.stop))
+    parts, values = deltas(tensors), found.numpy()
+    reaching = values >= limits.stop
+    inside = np.flatnonzero((values >= limits.first) ^ reaching)
+    squares = np.square(parts.numpy()[:, inside])
+    # Comparisons into floats: several times faster than through bools.
+    above = torch.ge(found, float(limits.stop), out=torch.empty_like(found))
+    parts.mul_(above).square_()
     sums, crowded = [], False
-    for number, (block, sure) in enumerate(zip(blocks(parts), blocks(above), strict=True)):
-        sums.append(joined(lane_sums(torch.where(sure, block, 0.0))))
+    for number, block in enumerate(blocks(parts)):
+        sums.append(joined(lane_sums(block)))
         here = np.searchsorted(inside, (number * BLOCK, (number + 1) * BLOCK))
         crowded |= bool(here[1] - here[0] > MOST * block.shape[1])
-    counts = (int(above.count_nonzero()), int(np.count_nonzero(values)), crowded)
-    return counts, sums, values[inside], parts.numpy()[:, inside]
+    # Counting bools is several times faster than counting floats.
+    counts = (int(np.count_nonzero(reaching)), int(np.count_nonzero(values != 0)), crowded)
+    return counts, sums, values[inside], squares
 
 
 def _lanes(values: Any) -> Any:
