@@ -132,7 +132,7 @@ def test_ranks_found_by_tables_are_those_of_sorting(kind, row):
     params = {"density": (None, 0.5), "epsilon": (None, 0.3), "key": 7}
     arguments = (0, magnitudes.flatten(), params, Place((3, row), 0))
     sorted_ = large(*arguments)
-    assert kernels.load(["drawing", "ranking"], narrow=True)
+    assert kernels.load(["drawing", "thinning"], narrow=True)
     assert (large(*arguments) == sorted_).all()
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SIX = ("angles", "differences", "drawing", "products", "ranking", "varying")
+_SIX = ("angles", "differences", "drawing", "products", "thinning", "varying")
 WORTH = {"sums": 2**32, **dict.fromkeys(_SIX, 2**29)}
 """For each file here, elements of all inputs from which on a build gains more than numba takes to
 load."""

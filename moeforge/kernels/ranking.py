@@ -1,9 +1,10 @@
 """Owns ranks within rows: which elements are kept for being large enough among those of their row.
 
-No row is sorted. A table of the magnitudes by their upper bits says, for all elements of a row,
-between which two ranks theirs lies; where that leaves open what becomes of an element, it is
-compared with its whole row. Only of a row in which that happens often, such as one of many equal
-magnitudes, all ranks are worked out.
+No row is sorted. Magnitudes are counted by their upper bits, and each remembers how many of its bin
+came before it in its half of the row. Differences of bfloat16 numbers mostly have no lower bits:
+those of a bin are equal then, equal ones rank by position, and what was remembered is the rank.
+Elements with lower bits, the fine ones, are listed; where they leave a rank open that decides, it
+is found among them. Only of a row in which that takes long all ranks are worked out.
 """
 
 from __future__ import annotations
@@ -12,50 +13,193 @@ from typing import Any
 
 import numpy as np
 
-from moeforge.kernels.counting import ROOM, collect, equal
-from moeforge.kernels.rows import compiled
+from moeforge.kernels.counting import equal
+from moeforge.kernels.listing import LANES, numbers
+from moeforge.kernels.rows import STRETCH, compiled
 
-_BINS, _SHIFT = 2**11, np.uint32(16)
+_BINS, _SHIFT, _UPPER = 2**11, np.uint32(16), np.uint32(0xFFFF0000)
 """Magnitudes are told apart by 7 bits of their fraction, in 16 powers of two below the largest."""
-_HALF = np.int32(2**15)
-_PART, _PLACE = 2**15, np.uint32(15)
-"""Elements whose number within the part and whose draw fit into 31 bits."""
-_OFTEN = 100
-"""Distinct magnitudes of a row from which on sorting it takes less than comparing each with all."""
+_COLUMNS = 32
+_ACROSS, _DOWN, _LAST = np.uint16(5), np.uint16(6), np.uint16(2**6 - 1)
+"""Bins lie in 32 columns of 64, so that those before them are summed up 32 at a time."""
+_COLUMN, _PARTS = np.uint16(_COLUMNS - 1), 8
+_HALF = np.int16(-(2**15))
+_CROWD = 4
+"""Where more than such a part of a row is fine, it does not pay to tell the others from them."""
+_OFTEN = 2**7
+"""Fine elements looked at, for each one of the row, from which on sorting it takes less."""
 _DIGIT, _DIGITS = np.uint32(11), 3
+_NONE, _ONE = np.uint16(0), np.uint16(1)
 
 
 @compiled
-def _bin(bits: Any, least: Any) -> Any:
-    return max(bits >> _SHIFT, least) - least
+def rooms(row: Any) -> Any:
+    """Return the memory that `choose_row` needs for rows of so many elements."""
+    return (
+        np.empty((2, row), np.uint16),
+        np.empty((2, _BINS), np.uint16),
+        np.empty((3, _BINS), np.uint16),
+        np.empty(STRETCH, np.uint16),
+        np.empty((3, row + LANES), np.uint16),
+        np.empty(row, np.uint32),
+    )
 
 
 @compiled
-def _table(bits: Any, least: Any, tables: Any, below: Any) -> None:
-    """Put how many of a row's elements are in a lower bin than each into `below` [bins + 1]."""
-    tables[:] = 0  # four, for of equal values one count would wait for the other
-    whole = bits.size // 4 * 4
-    for j in range(0, whole, 4):
-        tables[0, _bin(bits[j], least)] += 1
-        tables[1, _bin(bits[j + 1], least)] += 1
-        tables[2, _bin(bits[j + 2], least)] += 1
-        tables[3, _bin(bits[j + 3], least)] += 1
-    for j in range(whole, bits.size):
-        tables[0, _bin(bits[j], least)] += 1
-    for k in range(_BINS):
-        tables[0, k] += tables[1, k] + tables[2, k] + tables[3, k]
-    count = np.int32(0)
-    for k in range(_BINS):
-        below[k] = count
-        count += tables[0, k]
-    below[_BINS] = count
+def _plain(bits: Any, least: Any) -> Any:
+    """Return the smallest magnitude of the bin of `bits`; other magnitudes of it are fine."""
+    return np.uint32(0) if bits >> _SHIFT <= least else np.uint32(bits & _UPPER)
 
 
 @compiled
-def _smaller(bits: Any, value: Any) -> Any:
-    count = np.int32(0)
+def _place(bits: Any, least: Any, bins: Any, fine: Any) -> None:
+    """Put the bins of elements into `bins`, and whether they are fine into `fine`, one or zero."""
     for j in range(bits.size):
-        count += np.int32(bits[j] < value)
+        key = np.uint16(bits[j] >> _SHIFT)
+        bin_ = np.uint16(max(key, least) - least)
+        bins[j] = np.uint16(np.uint16(bin_ & _LAST) << _ACROSS) | np.uint16(bin_ >> _DOWN)
+        fine[j] = np.uint16(bits[j] != _plain(bits[j], least))
+
+
+@compiled
+def _count(bins: Any, tables: Any, before: Any) -> None:
+    """Put how many of each bin are in either half into `tables`, and are before each in its own."""
+    half = bins.size // 2
+    one, other, first, second = bins[:half], bins[half:], before[:half], before[half:]
+    ones, others = tables[0], tables[1]
+    tables[:] = 0
+    # Side by side, for of equal values one count waits for the other.
+    for j in range(half):
+        first[j] = ones[one[j]]
+        ones[one[j]] = np.uint16(first[j] + _ONE)
+        second[j] = others[other[j]]
+        others[other[j]] = np.uint16(second[j] + _ONE)
+    for j in range(half, other.size):
+        second[j] = others[other[j]]
+        others[other[j]] = np.uint16(second[j] + _ONE)
+
+
+@compiled
+def _sum_halves(ones: Any, others: Any, total: Any) -> None:
+    for k in range(total.size):
+        total[k] = np.uint16(ones[k] + others[k])
+        ones[k], others[k] = _NONE, ones[k]
+
+
+@compiled
+def _sum_columns(total: Any, below: Any) -> None:
+    for k in range(total.size - _COLUMNS):
+        below[k + _COLUMNS] = np.uint16(below[k] + total[k])
+
+
+@compiled
+def _copy(numbers: Any, out: Any) -> None:
+    for k in range(numbers.size):
+        out[k] = numbers[k]
+
+
+@compiled
+def _raise(numbers: Any, by: Any) -> None:
+    for k in range(numbers.size):
+        numbers[k] = np.uint16(numbers[k] + by[k])
+
+
+@compiled
+def _start(tables: Any, total: Any, below: Any) -> None:
+    """Turn what `_count` counted into the ranks that bins begin with, `below`.
+
+    In `tables` they are those of each half's first element.
+    """
+    _sum_halves(tables[0], tables[1], total)
+    first, last = below[:_COLUMNS], below.size - _COLUMNS
+    first[:] = 0
+    _sum_columns(total, below)
+    rank = np.uint16(0)
+    for k in range(_COLUMNS):
+        first[k], rank = rank, np.uint16(rank + below[last + k] + total[last + k])
+    for k in range(_COLUMNS, below.size, _COLUMNS):
+        _raise(below[k : k + _COLUMNS], first)
+    _raise(tables[0], below)
+    _raise(tables[1], below)
+
+
+@compiled
+def _divide(below: Any, bounds: Any) -> Any:
+    """Return columns that divide the row into parts, and the bounds at their first ranks."""
+    columns, least = np.empty(_PARTS - 1, np.uint16), np.empty(_PARTS - 1, np.uint16)
+    column = 0
+    for k in range(_PARTS - 1):
+        while column < _COLUMNS - 1 and below[column] * _PARTS < (k + 1) * bounds.size:
+            column += 1
+        columns[k] = column
+        least[k] = bounds[min(np.int64(below[column]), bounds.size - 1)]
+    return columns, least
+
+
+@compiled
+def _sift(
+    drawn: Any, bins: Any, columns: Any, least: Any, ends: Any, kept: Any, opened: Any
+) -> None:
+    """Keep what is kept by its column alone, and mark in `opened` what it leaves open."""
+    c0, c1, c2, c3, c4, c5, c6 = columns
+    b0, b1, b2, b3, b4, b5, b6 = least
+    first, last = ends
+    for j in range(drawn.size):
+        draw, column = np.uint16(drawn[j] ^ _HALF), np.uint16(bins[j] & _COLUMN)
+        low, high = first, b0
+        low = b0 if column >= c0 else low
+        high = b1 if column >= c0 else high
+        low = b1 if column >= c1 else low
+        high = b2 if column >= c1 else high
+        low = b2 if column >= c2 else low
+        high = b3 if column >= c2 else high
+        low = b3 if column >= c3 else low
+        high = b4 if column >= c3 else high
+        low = b4 if column >= c4 else low
+        high = b5 if column >= c4 else high
+        low = b5 if column >= c5 else low
+        high = b6 if column >= c5 else high
+        low = b6 if column >= c6 else low
+        high = last if column >= c6 else high
+        kept[j] = np.uint8(draw < low)
+        opened[j] = np.uint16(draw < high) - np.uint16(draw < low)
+
+
+@compiled
+def _compare(
+    opened: Any,
+    bits: Any,
+    least: Any,
+    drawn: Any,
+    bounds: Any,
+    begin: Any,
+    room: Any,
+    kept: Any,
+    late: Any,
+    count: Any,
+) -> Any:
+    """Choose among open elements by their bins; append those that these leave open."""
+    bins, before, sums = room[0][0], room[0][1], room[2]
+    for j in opened:
+        bin_, draw = bins[j], np.uint16(drawn[j] ^ _HALF)
+        total, below, fine = sums[0, bin_], sums[1, bin_], sums[2, bin_]
+        if fine < total and bits[j] == _plain(bits[j], least):
+            high = np.int64(begin[bin_]) + before[j]
+            low = max(high - fine, 0)  # of those before it, fine ones are larger
+        else:
+            high = np.int64(below) + total - 1
+            low = high - fine + 1
+        kept[j] = np.uint8(draw < bounds[low])
+        late[count] = j
+        count += np.uint64((draw < bounds[low]) != (draw < bounds[high]))
+    return count
+
+
+@compiled
+def _inside(values: Any, first: Any, width: Any) -> Any:
+    count = np.int32(0)
+    for j in range(values.size):
+        count += np.int32(np.uint32(values[j] - first) < width)
     return count
 
 
@@ -85,108 +229,96 @@ def _ranks(bits: Any) -> Any:
 
 
 @compiled
-def _part(
-    bits: Any,
-    drawn: Any,
-    limits: Any,
-    needed: Any,
-    least: Any,
-    below: Any,
-    kept: Any,
-    room: Any,
+def _settle(
     late: Any,
-    count: Any,
-    start: Any,
-) -> Any:
-    """Choose among the elements of a part of a row; append those left open to `late`."""
-    surely, maybe = limits
-    words, opened = room[0], room[1]
-    for j in range(drawn.size):
-        draw = np.int32(drawn[j]) + _HALF
-        kept[j] = np.uint8(draw < surely)
-        words[j] = (np.uint32(draw) << _PLACE) | np.uint32(j)
-    first, width = np.uint32(surely) << _PLACE, np.uint32(maybe - surely) << _PLACE
-    found = collect(words[: drawn.size], first, width, opened, np.uint64(0))
-    for k in range(found):
-        j, need = np.int64(opened[k] & np.uint32(_PART - 1)), needed[opened[k] >> _PLACE]
-        where = _bin(bits[j], least)
-        rank, next_ = below[where], below[where + 1]
-        kept[j] = np.uint8(rank >= need)
-        late[count] = start + j
-        count += np.int64((rank < need) & (need < next_))
-    return count
+    bits: Any,
+    least: Any,
+    drawn: Any,
+    bounds: Any,
+    places: Any,
+    values: Any,
+    room: Any,
+    kept: Any,
+) -> None:
+    """Choose among elements `late` of a row by their ranks; fine are those at `places`."""
+    bins, before, tables, sums = room[0][0], room[0][1], room[1], room[2]
+    if late.size * values.size > _OFTEN * bits.size:
+        ranks = _ranks(bits)
+        for j in late:
+            kept[j] = np.uint8(np.uint16(drawn[j] ^ _HALF) < bounds[ranks[j]])
+        return
+    for j in late:
+        bin_, plain = bins[j], _plain(bits[j], least)
+        total, below, fine = sums[0, bin_], sums[1, bin_], sums[2, bin_]
+        ahead = values[: np.searchsorted(places, j)]
+        if fine < total and bits[j] == plain:
+            width = (np.uint32(least if plain == 0 else 0) + np.uint32(1)) << _SHIFT
+            rank = np.int64(tables[0 if j < bits.size // 2 else 1, bin_]) + before[j]
+            rank -= _inside(ahead, plain, np.uint32(width))
+        else:
+            rank = np.int64(below) + total - fine
+            rank += _inside(values, plain, np.uint32(bits[j] - plain)) + equal(ahead, bits[j])
+        kept[j] = np.uint8(np.uint16(drawn[j] ^ _HALF) < bounds[rank])
 
 
 @compiled
-def _settle(bits: Any, late: Any, drawn: Any, needed: Any, kept: Any) -> None:
-    """Choose among elements `late` of a row, which are ascending; overwrites them."""
-    distinct = 0
-    for i in range(late.size):
-        if late[i] < 0:
-            continue
-        distinct += 1
-        if distinct > _OFTEN:
-            ranks = _ranks(bits)
-            for at in late[i:]:
-                if at >= 0:
-                    kept[at] = np.uint8(ranks[at] >= needed[np.int32(drawn[at]) + _HALF])
-            return
-        value, before = bits[late[i]], 0
-        rank = _smaller(bits, value)
-        for k in range(i, late.size):
-            at = np.int64(late[k])
-            if at >= 0 and bits[at] == value:
-                rank += equal(bits[before:at], value)
-                kept[at] = np.uint8(rank >= needed[np.int32(drawn[at]) + _HALF])
-                late[k], before = -1, at
-
-
-@compiled
-def choose(bits: Any, row: Any, drawn: Any, limits: Any, needed: Any, kept: Any) -> None:
-    """Put which elements are kept into `kept`.
+def choose_row(bits: Any, high: Any, drawn: Any, bounds: Any, kept: Any, room: Any) -> None:
+    """Put which elements of a row are kept into `kept`.
 
     Args:
-        bits: uint32 [elements], of magnitudes in float32; whole rows.
-        row: elements of a row.
+        bits: uint32 [elements], of magnitudes in float32; fewer than 2¹⁶.
+        high: uint32, the largest of them.
         drawn: int16 [elements].
-        limits: int32 [2]: draws below the first, as unsigned numbers, keep whatever the rank; from
-            the second on they keep nothing.
-        needed: int32 [2¹⁶], for each draw the least rank that is kept.
+        bounds: uint16 [elements], ascending: the draws, as unsigned numbers, that keep the element
+            of a rank are below its bound.
         kept: uint8 [elements].
+        room: what `rooms` returned.
     """
-    part = min(row, _PART)
-    room = np.empty((2, part + ROOM), np.uint32)
-    late = np.empty(row + 1, np.int32)
-    tables, below = np.empty((4, _BINS), np.int32), np.empty(_BINS + 1, np.int32)
-    both = (limits[0], limits[1])
+    bins, before, tables, sums, marks = room[0][0], room[0][1], room[1], room[2], room[3]
+    (places, opened, late), values = (room[4][0], room[4][1], room[4][2]), room[5]
+    least = np.uint16(max(high >> _SHIFT, np.uint32(_BINS - 1)) - np.uint32(_BINS - 1))
+    row, half, none = bits.size, bits.size // 2, np.uint64(0)
+    _place(bits, least, bins, before)
+    places = places[: numbers(before, 0, _ONE, _ONE, places, none)]
+    _count(bins, tables, before)
+    _start(tables, sums[0], sums[1])
+    if places.size * _CROWD > row:  # as if all were fine
+        places, values = np.arange(row).astype(np.uint16), bits
+        _copy(sums[0], sums[2])
+    else:
+        values = values[: places.size]
+        sums[2] = 0
+        for i in range(places.size):
+            values[i] = bits[places[i]]
+            sums[2, bins[places[i]]] += _ONE
+    columns, bounds_there = _divide(sums[1], bounds)
+    ends, count = (bounds[0], bounds[row - 1]), none
+    for part in range(2):
+        first, last = (half, row) if part else (0, half)
+        found = none
+        for start in range(first, last, STRETCH):
+            end = min(start + STRETCH, last)
+            here, flags = slice(start, end), marks[: end - start]
+            _sift(drawn[here], bins[here], columns, bounds_there, ends, kept[here], flags)
+            found = numbers(flags, start, _ONE, _ONE, opened, found)
+        more = (bits, least, drawn, bounds, tables[part], room, kept, late, count)
+        count = _compare(opened[:found], *more)
+    _settle(late[:count], bits, least, drawn, bounds, places, values, room, kept)
+
+
+@compiled
+def choose(bits: Any, row: Any, drawn: Any, bounds: Any, kept: Any) -> None:
+    """Do as `choose_row` for all rows of `row` elements of `bits`."""
+    room = rooms(row)
     for start in range(0, bits.size, row):
-        here = bits[start : start + row]
+        end = start + row
         high = np.uint32(0)
-        for j in range(row):
-            high = max(high, here[j])
-        least = max(high >> _SHIFT, np.uint32(_BINS - 1)) - np.uint32(_BINS - 1)
-        _table(here, least, tables, below)
-        count = 0
-        for first in range(0, row, part):
-            end = min(first + part, row)
-            count = _part(
-                here[first:end],
-                drawn[start + first : start + end],
-                both,
-                needed,
-                least,
-                below,
-                kept[start + first : start + end],
-                room,
-                late,
-                count,
-                first,
-            )
-        _settle(here, late[:count], drawn[start : start + row], needed, kept[start : start + row])
+        for j in range(start, end):
+            high = max(high, bits[j])
+        choose_row(bits[start:end], high, drawn[start:end], bounds, kept[start:end], room)
 
 
 def warm(kind: Any) -> None:
     """Have everything compiled; magnitudes are float32."""
-    limits, needed = np.zeros(2, np.int32), np.zeros(2**16, np.int32)
-    bits, kept = np.zeros(2, np.uint32), np.zeros(2, np.uint8)
-    choose(bits, 2, np.zeros(2, np.int16), limits, needed, kept)
+    bits, kept, bounds = np.zeros(2, np.uint32), np.zeros(2, np.uint8), np.zeros(2, np.uint16)
+    choose(bits, 2, bounds.view(np.int16), bounds, kept)

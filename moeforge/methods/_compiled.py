@@ -54,7 +54,9 @@ def merged(
     return out
 
 
-def thinned(matrix: Any, params: Params, place: Place, chances: Chances) -> list[tuple[float, ...]]:
+def sums_drawn(
+    matrix: Any, params: Params, place: Place, chances: Chances
+) -> list[tuple[float, ...]]:
     """Return, of each block, Σ|x| of the deltas, then of what is kept of them.
 
     Args:

@@ -11,16 +11,18 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
-from moeforge.methods import Params, Place
+from moeforge.methods import BLOCK, Params, Place
 from moeforge.methods._random import derive, draws
-from moeforge.methods._task import densities, keep
+from moeforge.methods._sums import blocks, joined, lane_sums
+from moeforge.methods._task import Kept, densities, keep
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-_SHORT = 2**9
-"""Elements of a row from which on tables tell ranks faster than sorting does."""
+_SHORT, _LONG = 2**8, 2**16
+"""Elements of rows that kernels choose among: shorter ones are sorted faster, numbers of longer
+ones do not fit into 16 bits."""
 
 
 def check(params: Params) -> str:
@@ -33,21 +35,50 @@ def check(params: Params) -> str:
     return ""
 
 
-@lru_cache(maxsize=64)
-def _ranks_needed(density: float, epsilon: float, row: int) -> tuple[int, int, Any]:
-    """Return for each draw of 16 bits the rank (from 0) from which on an element is kept.
+def _bounds(density: float, epsilon: float, row: int) -> Any:
+    """Return for each rank, from 0, below which draws of 16 bits an element is kept: int64 [row].
 
-    An element of rank r among n is kept with probability density − ε + 2ε·r/(n−1). So draws below
-    a first bound keep any rank, and from a second bound on none: the bounds, and an array [2¹⁶] of
-    int32 with the ranks, all by draws as unsigned numbers.
+    As unsigned numbers. An element of rank r among n is kept with probability
+    density − ε + 2ε·r/(n−1).
     """
     import numpy as np
 
     span = 2 * epsilon / (row - 1) if row > 1 else 0.0
     lowest = density - epsilon if row > 1 else density
-    kept_below = np.round((lowest + span * np.arange(row)) * 2**16)
-    needed = np.searchsorted(kept_below, np.arange(2**16), side="right").astype(np.int32)
-    return int(kept_below[0]), int(kept_below[-1]), needed
+    return np.round((lowest + span * np.arange(row)) * 2**16).astype(np.int64)
+
+
+@lru_cache(maxsize=64)
+def _ranks_needed(density: float, epsilon: float, row: int) -> tuple[int, int, Any]:
+    """Return for each draw of 16 bits the rank (from 0) from which on an element is kept.
+
+    Draws below a first bound keep any rank, and from a second bound on none: the bounds, and an
+    array [2¹⁶] of int32 with the ranks, all by draws as unsigned numbers.
+    """
+    import numpy as np
+
+    bounds = _bounds(density, epsilon, row)
+    needed = np.searchsorted(bounds, np.arange(2**16), side="right").astype(np.int32)
+    return int(bounds[0]), int(bounds[-1]), needed
+
+
+@lru_cache(maxsize=64)
+def _narrow(
+    shares: tuple[float, ...], epsilons: tuple[float, ...], row: int
+) -> tuple[Any, Any] | None:
+    """Return bounds as kernels take them, uint16 [deltas, row], and which deltas have none.
+
+    None where there are deltas, or rows, for which it cannot be done.
+    """
+    import numpy as np
+
+    if not _SHORT <= row < _LONG:
+        return None
+    bounds, whole = np.zeros((len(shares), row), np.int64), np.array(shares) >= 1
+    for i, (share, epsilon) in enumerate(zip(shares, epsilons, strict=True)):
+        if share < 1:
+            bounds[i] = _bounds(share, epsilon, row)
+    return (bounds.astype(np.uint16), whole) if bounds.max() < 2**16 else None
 
 
 def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
@@ -88,15 +119,15 @@ def large(index: int, magnitudes: Tensor, params: Params, place: Place) -> Any:
 
     density, epsilon = densities(params)[index], params["epsilon"][index + 1]
     row, values = place.row, magnitudes.float().cpu().numpy()
-    surely, maybe, needed = _ranks_needed(density, epsilon, row)
     drawn = draws(derive(params["key"], index), place.start, values.size)
-    if kernels.loaded() and row >= _SHORT:
+    narrow = _narrow((density,), (epsilon,), row) if kernels.loaded() else None
+    if narrow is not None:
         from moeforge.kernels.ranking import choose
 
         found = np.empty(values.size, np.uint8)
-        limits = np.array([surely, maybe], np.int32)
-        choose(values.view(np.uint32), row, drawn, limits, needed, found)
+        choose(values.view(np.uint32), row, drawn, narrow[0][0], found)
         return found.view(np.bool_)
+    surely, maybe, needed = _ranks_needed(density, epsilon, row)
     bits = values.view(np.int32).reshape(-1, row)
     # One key per element, in the order of magnitude and then of position.
     keys = bits.astype(np.int64)
@@ -109,3 +140,38 @@ def large(index: int, magnitudes: Tensor, params: Params, place: Place) -> Any:
     ranks = needed.take(drawn.take(open_).astype(np.int64) + 2**15)
     kept[open_] = keys.reshape(-1).take(open_) >= ordered.take(open_ // row * row + ranks)
     return kept
+
+
+def thinned(matrix: Any, params: Params, place: Place) -> tuple[list[Any], Kept]:
+    """Return, of each block, Σ|x| of the deltas, then of what is kept of them; and what that is.
+
+    Args:
+        matrix: base and models, as `kernels.matrix` gives them; whole rows.
+        params: the method's, with densities above zero.
+        place: where the elements lie.
+    """
+    import numpy as np
+    import torch
+
+    shares, count = densities(params), matrix.shape[1]
+    narrow = _narrow(shares, tuple(params["epsilon"][1:]), place.row) if count <= BLOCK else None
+    if narrow is not None:
+        from moeforge.kernels.thinning import thinned as compiled
+
+        keys = np.array([derive(params["key"], i) for i in range(len(shares))], np.uint64)
+        sums, bits = np.empty((2, len(keys))), np.empty((len(keys), -(-count // 8)), np.uint8)
+        compiled(matrix, place.row, place.start, keys, *narrow, sums, bits)
+        return [sums.flatten().tolist()], {(place.start, count): bits}
+    from moeforge.kernels.counting import magnitudes
+
+    parts = torch.empty(len(shares), count)
+    magnitudes(matrix, np.arange(1, len(matrix)), parts.numpy())
+    whole = [joined(lane_sums(block)) for block in blocks(parts)]
+    kept = np.ones(parts.shape, np.uint8)
+    for i, share in enumerate(shares):
+        if share < 1:
+            kept[i] = large(i, parts[i], params, place)
+            keep(parts[i], kept[i])
+    left = [joined(lane_sums(block)) for block in blocks(parts)]
+    lines = [(*a, *b) for a, b in zip(whole, left, strict=True)]
+    return lines, {(place.start, count): np.packbits(kept, axis=1)}

@@ -23,7 +23,7 @@ from moeforge.methods import (
     Place,
     Scan,
 )
-from moeforge.methods._sums import absolute, add_up, blocks, joined, lane_sums
+from moeforge.methods._sums import absolute, add_up
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 Sparsify = Callable[[int, "Tensor", Params, Any, Place], None]
 """(index among the models that are not the base, delta, params, what `find` returned, place): sets
 small or unlucky elements of the delta to zero."""
-Choose = Callable[[int, "Tensor", Params, Place], Any]
-"""(index among the models that are not the base, magnitudes of a delta whose density is between
-zero and one, params, place): which elements of it `Sparsify` keeps, a numpy array of bools."""
 Chances = Callable[[Params], tuple[Any, Any]]
 """What kernels draw by where `Sparsify` keeps elements by chance alone, for each model but the
 base: a key, uint64, and a limit below which draws are kept, int32."""
@@ -44,6 +41,10 @@ Bounds = Callable[[int, Any, Place], "tuple[Cut | None, Cut | None]"]
 """(index among the models that are not the base, what `find` returned, place): the cut below which
 elements become zero, and that above which they do; None for no such cut."""
 Kept = dict[tuple[int, int], Any]
+"""Which elements are kept: bits [models, elements / 8], by start and length of the slice."""
+Thinned = Callable[[Any, Params, Place], tuple[list[Any], Kept]]
+"""(base and models as kernels take them, params with densities above zero, place): for each block
+Σ|x| of the deltas, then of what `Sparsify` keeps of them; and what that is."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Stats:
     Attributes:
         found: what the sparsifier must know, such as thresholds.
         factors: for each delta, what its kept elements are multiplied with.
-        kept: which elements of the deltas are kept, as bits [models, elements / 8], by start and
-            length of the slice; of slices that are not there it is found out again.
+        kept: which elements of the deltas are kept; of slices that are not there it is found out
+            again.
         ready: what the kernel is handed for every slice, once it is known.
     """
 
@@ -190,35 +191,6 @@ def _packed(parts: Tensor, place: Place) -> Kept:
     return {(place.start, parts.shape[1]): np.packbits(parts.numpy() != 0, axis=1)}
 
 
-def _drawn(
-    matrix: Any, params: Params, place: Place, choose: Choose
-) -> tuple[list[tuple[float, ...]], Kept]:
-    """Return, of each block, Σ|x| of the deltas, then of what is kept of them; and what that is.
-
-    Args:
-        matrix: base and models, as `kernels.matrix` gives them.
-        params: with densities above zero.
-        place: where the elements lie.
-        choose: says what is kept.
-    """
-    import numpy as np
-    import torch
-
-    from moeforge.kernels.counting import magnitudes
-
-    parts = torch.empty(len(matrix) - 1, matrix.shape[1])
-    magnitudes(matrix, np.arange(1, len(matrix)), parts.numpy())
-    whole = [joined(lane_sums(block)) for block in blocks(parts)]
-    kept = np.ones(parts.shape, np.uint8)
-    for i, share in enumerate(densities(params)):
-        if share < 1:
-            kept[i] = choose(i, parts[i], params, place)
-            keep(parts[i], kept[i])
-    left = [joined(lane_sums(block)) for block in blocks(parts)]
-    lines = [(*a, *b) for a, b in zip(whole, left, strict=True)]
-    return lines, {(place.start, parts.shape[1]): np.packbits(kept, axis=1)}
-
-
 def _keep_packed(parts: Tensor, bits: Any) -> None:
     import numpy as np
 
@@ -241,8 +213,8 @@ def task_method(
     paper: str,
     *,
     sparsify: Sparsify = _keep,
-    choose: Choose | None = None,
     chances: Chances | None = None,
+    thinned: Thinned | None = None,
     find: Find = _nothing,
     bounds: Bounds | None = None,
     consensus: bool = False,
@@ -258,8 +230,8 @@ def task_method(
         title: name for people.
         paper: where it comes from.
         sparsify: what becomes of a delta whose density is below one.
-        choose: what a sparsifier that draws keeps.
-        chances: by what kernels draw, if the sparsifier asks for no more than chances.
+        chances: by what kernels draw, if the sparsifier draws and asks for no more than chances.
+        thinned: how kernels find what a sparsifier keeps that draws and asks for more.
         find: what the sparsifier must know first.
         bounds: what the sparsifier does, as cuts; None if it does it otherwise.
         consensus: elect signs.
@@ -269,7 +241,7 @@ def task_method(
         more: parameters beyond those of the family.
         check: as in Method.
     """
-    drawing = (("drawing", "ranking") if rows else ("drawing",)) if choose else ()
+    drawing = (("drawing",) if chances else ()) + (("drawing", "thinning") if thinned else ())
 
     def sparsified(parts: Tensor, params: Params, found: Any, place: Place) -> Tensor:
         for i, share in enumerate(densities(params)):
@@ -284,21 +256,21 @@ def task_method(
         if params["rescale"] and sparsify is not _keep and any(0 < s < 1 for s in shares):
             # What is drawn costs more than to hold it; a model that keeps nothing draws nothing.
             fits = min(shares) > 0 and len(shares) * place.numel <= HELD
-            drawn = choose if fits else None
+            holds = fits and (chances is not None or thinned is not None)
 
             def look(tensors: Tensor, here: Place) -> tuple[list[tuple[float, ...]], Kept]:
                 matrix = kernels.matrix(tensors)
                 if chances is not None and matrix is not None:
-                    from moeforge.methods._compiled import thinned
+                    from moeforge.methods._compiled import sums_drawn
 
-                    return thinned(matrix, params, here, chances), {}
-                if drawn is not None and matrix is not None:
-                    return _drawn(matrix, params, here, drawn)
+                    return sums_drawn(matrix, params, here, chances), {}
+                if holds and thinned is not None and matrix is not None:
+                    return thinned(matrix, params, here)
                 parts = deltas(tensors)
                 whole = absolute(parts)
                 kept = absolute(sparsified(parts, params, found, here))
                 sums = [(*a, *b) for a, b in zip(whole, kept, strict=True)]
-                return sums, _packed(parts, here) if drawn is not None else {}
+                return sums, _packed(parts, here) if holds else {}
 
             def join(pieces: list[tuple[list[tuple[float, ...]], Kept]]) -> Any:
                 bits = {key: value for _, kept in pieces for key, value in kept.items()}
@@ -361,7 +333,7 @@ def task_method(
         kernels=("differences", *drawing),
         measure=measure,
         rows=lambda params: rows and any(share < 1 for share in densities(params)),
-        random=choose is not None,
+        random=bool(drawing),
         check=check,
         paper=paper,
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from moeforge.methods._random import chances, drop, lucky
+from moeforge.methods._random import chances, drop
 from moeforge.methods._task import task_method
 
 METHOD = task_method(
     "Linear DARE",
     "https://arxiv.org/abs/2311.03099",
     sparsify=drop,
-    choose=lucky,
     chances=chances,
     rescale=True,
 )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from moeforge.methods import Param
-from moeforge.methods._rank import check, large, thin_by_rank
+from moeforge.methods._rank import check, thin_by_rank, thinned
 from moeforge.methods._task import task_method
 
 METHOD = task_method(
     "Linear DELLA",
     "https://arxiv.org/abs/2406.11617",
     sparsify=thin_by_rank,
-    choose=large,
+    thinned=thinned,
     rescale=True,
     rows=True,
     more={"epsilon": Param(float, 0.15, "non_base")},
