@@ -1,4 +1,4 @@
-"""Owns listing the elements whose values lie in a range, by their numbers."""
+"""Owns listing elements by their numbers, 32 at a time: of values in a range, of draws in theirs."""
 
 from __future__ import annotations
 
@@ -15,90 +15,183 @@ from moeforge.kernels.rows import compiled
 
 LANES = 32
 """Elements looked at together, and those beyond the last one that a list may be written over."""
+_COLUMN, _HALF = np.uint16(LANES - 1), np.int16(-(2**15))
+_LANE, _INDEX = ir.IntType(16), ir.IntType(32)
+_VECTOR, _MASK = ir.VectorType(_LANE, LANES), ir.VectorType(ir.IntType(1), LANES)
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
+
+
+class _Code:
+    """The instructions of one function, being written.
+
+    Args:
+        context: numba's.
+        builder: of llvmlite.
+        signature: of the function.
+        args: its arguments.
+    """
+
+    def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
+        self.context, self.builder, self.types, self.args = context, builder, signature.args, args
+
+    def place(self, number: int, at: Any, kind: Any = _VECTOR) -> Any:
+        """Return where 32 elements of array argument `number` lie, from element `at` on."""
+        array = self.context.make_array(self.types[number])(
+            self.context, self.builder, self.args[number]
+        )
+        return self.builder.bitcast(self.builder.gep(array.data, [at]), kind.as_pointer())
+
+    def load(self, number: int, at: Any) -> Any:
+        """Return 32 elements of array argument `number`."""
+        return self.builder.load(self.place(number, at), align=2)
+
+    def spread(self, value: Any) -> Any:
+        """Return a vector of one value."""
+        nothing = ir.Constant(_VECTOR, ir.Undefined)
+        one = self.builder.insert_element(nothing, value, ir.Constant(_INDEX, 0))
+        zeros = ir.Constant(ir.VectorType(_INDEX, LANES), [0] * LANES)
+        return self.builder.shuffle_vector(one, nothing, zeros)
+
+    def looked_up(self, table: Any, lanes: Any) -> Any:
+        """Return the lanes of `table` that `lanes` say, one instruction where there is one."""
+        found = ir.Constant(_VECTOR, ir.Undefined)
+        for lane in range(LANES):
+            here = ir.Constant(_INDEX, lane)
+            which = self.builder.zext(self.builder.extract_element(lanes, here), _INDEX)
+            value = self.builder.extract_element(table, which)
+            found = self.builder.insert_element(found, value, here)
+        return found
+
+    def append(self, inside: Any, first: Any, out: int, count: Any) -> Any:
+        """Append numbers of lanes that are `inside` to array argument `out`; return the count."""
+        lanes = ir.Constant(_VECTOR, list(range(LANES)))
+        numbers = self.builder.add(self.spread(first), lanes)
+        kind = ir.FunctionType(_VECTOR, [_VECTOR, _MASK, _VECTOR])
+        name = f"llvm.experimental.vector.compress.v{LANES}i16"
+        squeeze = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        nothing = ir.Constant(_VECTOR, ir.Undefined)
+        squeezed = self.builder.call(squeeze, [numbers, inside, nothing])
+        self.builder.store(squeezed, self.place(out, count), align=2)
+        more = self.builder.ctpop(self.builder.bitcast(inside, ir.IntType(LANES)))
+        return self.builder.add(count, self.builder.zext(more, ir.IntType(64)))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _append_lanes(
-    typing: Any,
-    values: Any,
-    at: Any,
-    number: Any,
-    first: Any,
-    width: Any,
-    out: Any,
-    count: Any,
-) -> Any:
-    """Do as `_append_each`, by the vector instruction that squeezes lanes together."""
-    signature = types.uint64(
-        *(values, types.int64, types.uint16, types.uint16, types.uint16, out, types.uint64)
-    )
+def _mark_lanes(typing: Any, marks: Any, at: Any, number: Any, out: Any, count: Any) -> Any:
+    """Do as `_mark_each`, by the vector instruction that squeezes lanes together."""
+    signature = types.uint64(marks, types.int64, types.uint16, out, types.uint64)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lane = ir.IntType(16)
-        vector, mask = ir.VectorType(lane, LANES), ir.VectorType(ir.IntType(1), LANES)
-
-        def place(number: int, at: Any) -> Any:
-            array = context.make_array(signature.args[number])(context, builder, args[number])
-            return builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer())
-
-        def spread(value: Any) -> Any:
-            nothing = ir.Constant(vector, ir.Undefined)
-            one = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
-            zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-            return builder.shuffle_vector(one, nothing, zeros)
-
-        found = builder.load(place(0, args[1]), align=2)
-        inside = builder.icmp_unsigned("<", builder.sub(found, spread(args[3])), spread(args[4]))
-        numbers = builder.add(spread(args[2]), ir.Constant(vector, list(range(LANES))))
-        kind = ir.FunctionType(vector, [vector, mask, vector])
-        name = f"llvm.experimental.vector.compress.v{LANES}i16"
-        squeeze = cgutils.get_or_insert_function(builder.module, kind, name)
-        squeezed = builder.call(squeeze, [numbers, inside, ir.Constant(vector, ir.Undefined)])
-        builder.store(squeezed, place(5, args[6]), align=2)
-        lanes = builder.ctpop(builder.bitcast(inside, ir.IntType(LANES)))
-        return builder.add(args[6], builder.zext(lanes, ir.IntType(64)))
+        code = _Code(context, builder, signature, args)
+        inside = builder.icmp_unsigned("!=", code.load(0, args[1]), ir.Constant(_VECTOR, None))
+        return code.append(inside, args[2], 3, args[4])
 
     return signature, generate
 
 
 @compiled
-def _append_each(
-    values: Any, at: Any, number: Any, first: Any, width: Any, out: Any, count: Any
-) -> Any:
-    """Append numbers of those of 32 uint16 `values` from `at` on that lie in a range to `out`.
-
-    The first one's is `number`, the range that of `width` values from `first` on; `count` are there
-    already. Returns how many there are then. As many elements of `out` are written over, the last
-    ones with anything.
-    """
+def _mark_each(marks: Any, at: Any, number: Any, out: Any, count: Any) -> Any:
     for j in range(LANES):
         out[count] = np.uint16(number + np.uint16(j))
-        count += np.uint64(np.uint16(values[at + j] - first) < width)
+        count += np.uint64(marks[at + j] != 0)
     return count
 
 
-_append = _append_lanes if binding.llvm_version_info[0] >= LLVM else _append_each
+@intrinsic  # type: ignore[untyped-decorator]
+def _sift_lanes(
+    typing: Any,
+    drawn: Any,
+    bins: Any,
+    at: Any,
+    number: Any,
+    lows: Any,
+    highs: Any,
+    kept: Any,
+    out: Any,
+    count: Any,
+) -> Any:
+    """Do as `_sift_each`, by vector instructions: one looks up in a table of 32."""
+    signature = types.uint64(
+        *(drawn, bins, types.int64, types.uint16, lows, highs, kept, out, types.uint64)
+    )
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code, zero = _Code(context, builder, signature, args), ir.Constant(ir.IntType(64), 0)
+        half = code.spread(ir.Constant(_LANE, int(_HALF)))
+        draws = builder.xor(code.load(0, args[2]), half)
+        columns = builder.and_(code.load(1, args[2]), code.spread(ir.Constant(_LANE, int(_COLUMN))))
+        below = builder.icmp_unsigned("<", draws, code.looked_up(code.load(4, zero), columns))
+        maybe = builder.icmp_unsigned("<", draws, code.looked_up(code.load(5, zero), columns))
+        builder.store(builder.zext(below, _BYTES), code.place(6, args[2], _BYTES), align=1)
+        return code.append(builder.and_(maybe, builder.not_(below)), args[3], 7, args[8])
+
+    return signature, generate
 
 
 @compiled
-def numbers(values: Any, number: Any, first: Any, width: Any, out: Any, count: Any) -> Any:
-    """Append the numbers of those `values` that are among `width` from `first` on to `out`.
+def _sift_each(
+    drawn: Any,
+    bins: Any,
+    at: Any,
+    number: Any,
+    lows: Any,
+    highs: Any,
+    kept: Any,
+    out: Any,
+    count: Any,
+) -> Any:
+    for j in range(LANES):
+        draw, column = np.uint16(drawn[at + j] ^ _HALF), bins[at + j] & _COLUMN
+        kept[at + j] = np.uint8(draw < lows[column])
+        out[count] = np.uint16(number + np.uint16(j))
+        count += np.uint64((draw >= lows[column]) & (draw < highs[column]))
+    return count
+
+
+_LANED = binding.llvm_version_info[0] >= LLVM
+_mark = _mark_lanes if _LANED else _mark_each
+_sift = _sift_lanes if _LANED else _sift_each
+
+
+@compiled
+def marked(marks: Any, out: Any) -> Any:
+    """Put the numbers of elements that have a mark into `out`, and return how many they are.
 
     Args:
-        values: uint16.
-        number: int64, the first one's; all are below 2¹⁶.
-        first: uint16; the range goes on at zero where it reaches 2¹⁶.
-        width: uint16.
-        out: uint16, longer by LANES than what it will hold.
-        count: uint64, how many are there already.
+        marks: uint16 [elements], fewer than 2¹⁶; zero for none.
+        out: uint16, longer by LANES.
+    """
+    whole, count = marks.size // LANES * LANES, np.uint64(0)
+    for j in range(0, whole, LANES):
+        count = _mark(marks, j, np.uint16(j), out, count)
+    for j in range(whole, marks.size):
+        out[count] = np.uint16(j)
+        count += np.uint64(marks[j] != 0)
+    return count
+
+
+@compiled
+def sift(drawn: Any, bins: Any, number: Any, lows: Any, highs: Any, kept: Any, out: Any) -> Any:
+    """Keep elements by draw and column, and put the numbers of those left open into `out`.
+
+    Args:
+        drawn: int16 [elements].
+        bins: uint16 [elements], with the column in the lowest bits.
+        number: int64, the first element's; all are below 2¹⁶.
+        lows: uint16 [LANES], for each column the number below which draws, as unsigned ones, keep.
+        highs: uint16 [LANES], not smaller: from there on they do not.
+        kept: uint8 [elements], for ones and zeros.
+        out: uint16, longer than the elements by LANES.
 
     Returns:
-        How many are there then.
+        How many are left open.
     """
-    whole = values.size // LANES * LANES
+    whole, count = drawn.size // LANES * LANES, np.uint64(0)
     for j in range(0, whole, LANES):
-        count = _append(values, j, np.uint16(number + j), first, width, out, count)
-    for j in range(whole, values.size):
+        count = _sift(drawn, bins, j, np.uint16(number + j), lows, highs, kept, out, count)
+    for j in range(whole, drawn.size):
+        draw, column = np.uint16(drawn[j] ^ _HALF), bins[j] & _COLUMN
+        kept[j] = np.uint8(draw < lows[column])
         out[count] = np.uint16(number + j)
-        count += np.uint64(np.uint16(values[j] - first) < width)
+        count += np.uint64((draw >= lows[column]) & (draw < highs[column]))
     return count

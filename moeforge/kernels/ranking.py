@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 
 from moeforge.kernels.counting import equal
-from moeforge.kernels.listing import LANES, numbers
-from moeforge.kernels.rows import STRETCH, compiled
+from moeforge.kernels.listing import LANES, marked, sift
+from moeforge.kernels.rows import compiled
 
 _BINS, _SHIFT, _UPPER = 2**11, np.uint32(16), np.uint32(0xFFFF0000)
 """Magnitudes are told apart by 7 bits of their fraction, in 16 powers of two below the largest."""
-_COLUMNS = 32
 _ACROSS, _DOWN, _LAST = np.uint16(5), np.uint16(6), np.uint16(2**6 - 1)
 """Bins lie in 32 columns of 64, so that those before them are summed up 32 at a time."""
-_COLUMN, _PARTS = np.uint16(_COLUMNS - 1), 8
 _HALF = np.int16(-(2**15))
 _CROWD = 4
 """Where more than such a part of a row is fine, it does not pay to tell the others from them."""
@@ -39,7 +37,7 @@ def rooms(row: Any) -> Any:
         np.empty((2, row), np.uint16),
         np.empty((2, _BINS), np.uint16),
         np.empty((3, _BINS), np.uint16),
-        np.empty(STRETCH, np.uint16),
+        np.empty((2, LANES), np.uint16),
         np.empty((3, row + LANES), np.uint16),
         np.empty(row, np.uint32),
     )
@@ -62,9 +60,14 @@ def _place(bits: Any, least: Any, bins: Any, fine: Any) -> None:
 
 
 @compiled
+def _half(row: Any) -> Any:
+    return row.size // (2 * LANES) * LANES
+
+
+@compiled
 def _count(bins: Any, tables: Any, before: Any) -> None:
     """Put how many of each bin are in either half into `tables`, and are before each in its own."""
-    half = bins.size // 2
+    half = _half(bins)
     one, other, first, second = bins[:half], bins[half:], before[:half], before[half:]
     ones, others = tables[0], tables[1]
     tables[:] = 0
@@ -88,8 +91,8 @@ def _sum_halves(ones: Any, others: Any, total: Any) -> None:
 
 @compiled
 def _sum_columns(total: Any, below: Any) -> None:
-    for k in range(total.size - _COLUMNS):
-        below[k + _COLUMNS] = np.uint16(below[k] + total[k])
+    for k in range(total.size - LANES):
+        below[k + LANES] = np.uint16(below[k] + total[k])
 
 
 @compiled
@@ -111,58 +114,26 @@ def _start(tables: Any, total: Any, below: Any) -> None:
     In `tables` they are those of each half's first element.
     """
     _sum_halves(tables[0], tables[1], total)
-    first, last = below[:_COLUMNS], below.size - _COLUMNS
+    first, last = below[:LANES], below.size - LANES
     first[:] = 0
     _sum_columns(total, below)
     rank = np.uint16(0)
-    for k in range(_COLUMNS):
+    for k in range(LANES):
         first[k], rank = rank, np.uint16(rank + below[last + k] + total[last + k])
-    for k in range(_COLUMNS, below.size, _COLUMNS):
-        _raise(below[k : k + _COLUMNS], first)
+    for k in range(LANES, below.size, LANES):
+        _raise(below[k : k + LANES], first)
     _raise(tables[0], below)
     _raise(tables[1], below)
 
 
 @compiled
-def _divide(below: Any, bounds: Any) -> Any:
-    """Return columns that divide the row into parts, and the bounds at their first ranks."""
-    columns, least = np.empty(_PARTS - 1, np.uint16), np.empty(_PARTS - 1, np.uint16)
-    column = 0
-    for k in range(_PARTS - 1):
-        while column < _COLUMNS - 1 and below[column] * _PARTS < (k + 1) * bounds.size:
-            column += 1
-        columns[k] = column
-        least[k] = bounds[min(np.int64(below[column]), bounds.size - 1)]
-    return columns, least
-
-
-@compiled
-def _sift(
-    drawn: Any, bins: Any, columns: Any, least: Any, ends: Any, kept: Any, opened: Any
-) -> None:
-    """Keep what is kept by its column alone, and mark in `opened` what it leaves open."""
-    c0, c1, c2, c3, c4, c5, c6 = columns
-    b0, b1, b2, b3, b4, b5, b6 = least
-    first, last = ends
-    for j in range(drawn.size):
-        draw, column = np.uint16(drawn[j] ^ _HALF), np.uint16(bins[j] & _COLUMN)
-        low, high = first, b0
-        low = b0 if column >= c0 else low
-        high = b1 if column >= c0 else high
-        low = b1 if column >= c1 else low
-        high = b2 if column >= c1 else high
-        low = b2 if column >= c2 else low
-        high = b3 if column >= c2 else high
-        low = b3 if column >= c3 else low
-        high = b4 if column >= c3 else high
-        low = b4 if column >= c4 else low
-        high = b5 if column >= c4 else high
-        low = b5 if column >= c5 else low
-        high = b6 if column >= c5 else high
-        low = b6 if column >= c6 else low
-        high = last if column >= c6 else high
-        kept[j] = np.uint8(draw < low)
-        opened[j] = np.uint16(draw < high) - np.uint16(draw < low)
+def _limits(below: Any, bounds: Any, lows: Any, highs: Any) -> None:
+    """Put the bounds of each column's first and last rank into `lows` and `highs`."""
+    last = np.int64(bounds.size - 1)
+    for k in range(LANES):
+        end = np.int64(below[k + 1]) - 1 if k + 1 < LANES else last
+        lows[k] = bounds[min(np.int64(below[k]), last)]
+        highs[k] = max(bounds[max(end, 0)], lows[k])
 
 
 @compiled
@@ -253,7 +224,7 @@ def _settle(
         ahead = values[: np.searchsorted(places, j)]
         if fine < total and bits[j] == plain:
             width = (np.uint32(least if plain == 0 else 0) + np.uint32(1)) << _SHIFT
-            rank = np.int64(tables[0 if j < bits.size // 2 else 1, bin_]) + before[j]
+            rank = np.int64(tables[0 if j < _half(bits) else 1, bin_]) + before[j]
             rank -= _inside(ahead, plain, np.uint32(width))
         else:
             rank = np.int64(below) + total - fine
@@ -274,12 +245,12 @@ def choose_row(bits: Any, high: Any, drawn: Any, bounds: Any, kept: Any, room: A
         kept: uint8 [elements].
         room: what `rooms` returned.
     """
-    bins, before, tables, sums, marks = room[0][0], room[0][1], room[1], room[2], room[3]
+    bins, before, tables, sums, limits = room[0][0], room[0][1], room[1], room[2], room[3]
     (places, opened, late), values = (room[4][0], room[4][1], room[4][2]), room[5]
     least = np.uint16(max(high >> _SHIFT, np.uint32(_BINS - 1)) - np.uint32(_BINS - 1))
-    row, half, none = bits.size, bits.size // 2, np.uint64(0)
+    row, half = bits.size, _half(bits)
     _place(bits, least, bins, before)
-    places = places[: numbers(before, 0, _ONE, _ONE, places, none)]
+    places = places[: marked(before, places)]
     _count(bins, tables, before)
     _start(tables, sums[0], sums[1])
     if places.size * _CROWD > row:  # as if all were fine
@@ -291,16 +262,13 @@ def choose_row(bits: Any, high: Any, drawn: Any, bounds: Any, kept: Any, room: A
         for i in range(places.size):
             values[i] = bits[places[i]]
             sums[2, bins[places[i]]] += _ONE
-    columns, bounds_there = _divide(sums[1], bounds)
-    ends, count = (bounds[0], bounds[row - 1]), none
+    lows, highs = limits[0], limits[1]
+    _limits(sums[1], bounds, lows, highs)
+    count = np.uint64(0)
     for part in range(2):
-        first, last = (half, row) if part else (0, half)
-        found = none
-        for start in range(first, last, STRETCH):
-            end = min(start + STRETCH, last)
-            here, flags = slice(start, end), marks[: end - start]
-            _sift(drawn[here], bins[here], columns, bounds_there, ends, kept[here], flags)
-            found = numbers(flags, start, _ONE, _ONE, opened, found)
+        here = slice(half, row) if part else slice(0, half)
+        first = half if part else 0
+        found = sift(drawn[here], bins[here], first, lows, highs, kept[here], opened)
         more = (bits, least, drawn, bounds, tables[part], room, kept, late, count)
         count = _compare(opened[:found], *more)
     _settle(late[:count], bits, least, drawn, bounds, places, values, room, kept)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moeforge.kernels import ranking
-from moeforge.kernels.drawing import draws
+from moeforge.kernels.drawing import words_of
 from moeforge.kernels.lanes import fold
 from moeforge.kernels.rows import STRETCH, as_bits, compiled, wide
 
@@ -61,7 +61,8 @@ def thinned(
         sums: float64 [2, models], for Σ|δ| of everything, and of what is kept.
         out: uint8 [models, elements / 8, rounded up], for what is kept as bits.
     """
-    values, drawn = np.empty(row, np.float32), np.empty(row, np.int16)
+    values, words = np.empty(row, np.float32), np.empty(row // 4 + 2, np.uint64)
+    drawn = words.view(np.int16)
     kept, room = np.zeros(8 * out.shape[1], np.uint8), ranking.rooms(row)
     lanes = np.zeros((2, STRETCH), np.float32)
     for i in range(keys.size):
@@ -72,15 +73,17 @@ def thinned(
                 lane = begin % STRETCH
                 to = min(begin - lane + STRETCH, end)
                 inputs = (matrix[i + 1, begin:to], matrix[0, begin:to])
-                here = values[begin - first : to - first]
-                high = max(high, _magnitudes(*inputs, here, lanes[0, lane:]))
+                into = (values[begin - first : to - first], lanes[0, lane:])
+                high = max(high, _magnitudes(*inputs, *into))
                 begin = to
             if whole[i]:
                 kept[first:end] = 1
             else:
-                draws(keys[i], start + first, drawn)
-                bits, chosen = values.view(np.uint32), kept[first:end]
-                ranking.choose_row(bits, high, drawn, bounds[i], chosen, room)
+                word = (start + first) // 4
+                words_of(keys[i], word, words)
+                odd = start + first - 4 * word
+                bits, here = values.view(np.uint32), drawn[odd : odd + row]
+                ranking.choose_row(bits, high, here, bounds[i], kept[first:end], room)
             begin = first
             while begin < end:
                 lane = begin % STRETCH
