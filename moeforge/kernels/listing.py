@@ -1,4 +1,4 @@
-"""Owns listing elements by their numbers, 32 at a time: of values in a range, of draws in theirs."""
+"""Owns listing elements by number, 32 at a time: those marked, and those that draws leave open."""
 
 from __future__ import annotations
 
