@@ -37,9 +37,20 @@ class Nowhere:
         pass
 
 
-def find(quantities, wanted, *, slices=2**16, workers=1, rows=False, nested=False):
+def find(quantities, wanted, **settings):
     """Return the cuts that the engine finds in quantities [quantities, …] by a method for it."""
     quantities = torch.as_tensor(np.asarray(quantities))
+    return measured(
+        quantities,
+        lambda place: cuts(lambda tensors, here: tensors.abs(), wanted, place),
+        **settings,
+    )
+
+
+def measured(
+    quantities, measurement, *, slices=2**16, workers=1, rows=False, nested=False, files=()
+):
+    """Return what a measurement finds in tensors [inputs, …]; `files` are its kernels."""
     name = str(quantities.dtype).removeprefix("torch.")
     spec = TensorSpec(BY_NAME[name], tuple(quantities.shape[1:]))
     sources = {
@@ -51,10 +62,13 @@ def find(quantities, wanted, *, slices=2**16, workers=1, rows=False, nested=Fals
     caught = []
 
     def measure(params, place):
-        caught.append((yield from cuts(lambda tensors, here: tensors.abs(), wanted, place)))
+        caught.append((yield from measurement(place)))
 
     probe = Method(
-        "Probe", lambda t, *_: t[0], {}, (1, None), measure=measure, rows=lambda params: rows
+        *("Probe", lambda t, *_: t[0], {}, (1, None)),
+        measure=measure,
+        rows=lambda params: rows,
+        kernels=files,
     )
     same = methods.load("linear")
     inputs = tuple(Read(key, "x") for key in sources)
