@@ -6,7 +6,8 @@ import torch
 from test_select import N, measured, random, small  # noqa: F401
 
 from moeforge import kernels
-from moeforge.methods import _select
+from moeforge.methods import Place, _select, sce
+from moeforge.methods._cut import NONE, Cut
 from moeforge.methods._spread import farthest
 
 SHAPE = (577, 520)
@@ -118,3 +119,22 @@ def test_small_tensors_are_sorted():
         assert np.array_equal(cut(torch.from_numpy(spread(inputs)), 0).numpy() > 0, expected)
         assert len(energies) == 3
         assert all(energies) is (share > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_merges_of_few_models_give_the_bits_of_torch(count, dtype):
+    """With a border within a stretch, signs that cancel out, and zeros of both signs."""
+    inputs = tunes(0.01, count, (5000,)).to(dtype)
+    inputs[:, :40], inputs[0, 20:60], inputs[:, 60:80] = 0.0, -0.0, -0.0
+    inputs[1:, 80:1080] = inputs[0, 80:1080]
+    inputs[1, 80:1080] *= 1.25
+    inputs[-1, 80:1080] *= 0.75
+    place, weights = Place((9000,), 1000), tuple(0.1 + 0.2 * i for i in range(count))
+    equal = float(spread(inputs)[2500])
+    for cut in (None, NONE, Cut(0.0, 4000), Cut(equal, 3499), Cut(equal, 3500), Cut(equal, 9000)):
+        by_torch = sce.merge(inputs.float().clone(), {}, (cut, weights), place)
+        assert kernels.load(["varying"], narrow=dtype == torch.bfloat16)
+        by_kernels = sce.merge(inputs, {}, (cut, weights), place)
+        kernels.unload()
+        assert torch.equal(by_torch.view(torch.int32), by_kernels.view(torch.int32))

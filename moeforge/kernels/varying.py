@@ -229,8 +229,7 @@ def _merge(
     sign, divisor = room[3, :size], room[4, :size]
     widen(matrix[0, start:end], base)
     _spread(matrix, start, end, spread)
-    for j in range(size):
-        total[j] = -ZERO  # to which adding anything changes nothing, not even a negative zero
+    total[:] = ZERO
     for i in range(1, matrix.shape[0]):
         _add_difference(matrix[i, start:end], base, total)
     # Of what is not selected nothing has the sign zero, and the result is the base.
