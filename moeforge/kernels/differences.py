@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from moeforge.kernels import counting
+from moeforge.kernels.bits import unpack
 from moeforge.kernels.drawing import ALL, words_of
 from moeforge.kernels.rows import (
     ONE,
@@ -153,7 +154,8 @@ def task(
         borders: int64 [models, 2]: elements before which the first of two bounds holds.
         bounds: float32 [models, 2, 2]: differences up to the bound, in magnitude, become zero; of
             the small ones, and of the outliers; before the border and from it on.
-        kept: uint8 [models, elements], what differences are multiplied with instead; or [0, 0].
+        kept: uint8 [models, elements / 8], bits that differences are multiplied with instead; or
+            [0, 0].
         start: number of the first element.
         keys: uint64 [models], by which differences are drawn instead; or [0].
         limits: int32 [models], below which draws are kept; ALL for everything.
@@ -172,7 +174,7 @@ def task(
     parts = np.empty((models, STRETCH), np.float32)
     room = np.empty((4, STRETCH), np.float32)
     words = np.empty(STRETCH // 4 + 1, np.uint64)
-    drawn = words.view(np.int16)
+    drawn, chosen = words.view(np.int16), np.empty(STRETCH, np.uint8)
     for begin in range(0, matrix.shape[1], STRETCH):
         end = min(begin + STRETCH, matrix.shape[1])
         size = end - begin
@@ -185,7 +187,8 @@ def task(
         for i in range(models):
             row, part = matrix[i + 1, begin:end], parts[i, :size]
             if kept.size:
-                _mask(row, base, kept[i, begin:end], factors[i], part, total)
+                unpack(kept[i, begin // 8 : (end + 7) // 8], chosen)
+                _mask(row, base, chosen, factors[i], part, total)
             elif keys.size and limits[i] < ALL:
                 words_of(keys[i], first, words)
                 here = drawn[odd : odd + size]

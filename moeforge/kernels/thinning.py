@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 
 from moeforge.kernels import ranking
+from moeforge.kernels.bits import pack
 from moeforge.kernels.drawing import words_of
 from moeforge.kernels.lanes import fold
 from moeforge.kernels.rows import STRETCH, as_bits, compiled, wide
-
-_EIGHT, _TOP = np.uint64(0x8040201008040201), np.uint64(56)
-"""Multiplied with eight bytes, zeros and ones, it gathers them in the uppermost byte, the first in
-its uppermost bit; no two of the products meet."""
 
 
 @compiled
@@ -38,14 +35,6 @@ def _add_kept(values: Any, kept: Any, sums: Any) -> None:
 
 
 @compiled
-def _pack(kept: Any, out: Any) -> None:
-    """Put what is kept into `out` as bits; `kept` is uint8, of eight times as many elements."""
-    words = kept.view(np.uint64)
-    for j in range(out.size):
-        out[j] = np.uint8((words[j] * _EIGHT) >> _TOP)
-
-
-@compiled
 def thinned(
     matrix: Any, row: Any, start: Any, keys: Any, bounds: Any, whole: Any, sums: Any, out: Any
 ) -> None:
@@ -59,7 +48,7 @@ def thinned(
         bounds: uint16 [models, row], what draws are below if they keep the element of a rank.
         whole: bool [models], whether everything is kept instead.
         sums: float64 [2, models], for Σ|δ| of everything, and of what is kept.
-        out: uint8 [models, elements / 8, rounded up], for what is kept as bits.
+        out: uint8 [models, elements / 8, rounded up], for what is kept, as bits.
     """
     values, words = np.empty(row, np.float32), np.empty(row // 4 + 2, np.uint64)
     drawn = words.view(np.int16)
@@ -91,7 +80,7 @@ def thinned(
                 _add_kept(values[begin - first : to - first], kept[begin:to], lanes[1, lane:])
                 begin = to
         fold(lanes, sums[:, i])
-        _pack(kept, out[i])
+        pack(kept, out[i])
 
 
 def warm(kind: Any) -> None:

@@ -47,7 +47,7 @@ def merged(
         ready = _ready(params, stats, place, bounds, consensus=consensus)
         stats.ready.append((*ready, drawn))
     lasts, values, more, drawn = stats.ready[0]
-    kept = np.empty((0, 0), np.uint8) if bits is None else np.unpackbits(bits, 1, count)
+    kept = np.empty((0, 0), np.uint8) if bits is None else bits
     out = result_of(count, place)
     borders = lasts + (1 - place.start)
     task(matrix, borders, values, kept, place.start, *drawn, *more, kernels.matrix(out))
