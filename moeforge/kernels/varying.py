@@ -8,6 +8,7 @@ import numpy as np
 
 from moeforge.kernels import counting
 from moeforge.kernels.counting import ROOM, collect
+from moeforge.kernels.lanes import fold
 from moeforge.kernels.rows import (
     ONE,
     STRETCH,
@@ -75,8 +76,8 @@ def _add_energy(row: Any, base: Any, spread: Any, bound: Any, lanes: Any) -> Non
 
 
 @compiled
-def energies(matrix: Any, bounds: Any, border: Any, block: Any, lanes: Any) -> None:
-    """Add the squares of those differences from the first row that are selected to `lanes`.
+def energies(matrix: Any, bounds: Any, border: Any, block: Any, sums: Any) -> None:
+    """Put the energies of those differences from the first row that are selected into `sums`.
 
     Args:
         matrix: base and models.
@@ -84,21 +85,22 @@ def energies(matrix: Any, bounds: Any, border: Any, block: Any, lanes: Any) -> N
             from it on; all of them, if it is negative.
         border: an element's number.
         block: elements in a block, a multiple of STRETCH.
-        lanes: float32 [blocks, models, STRETCH].
+        sums: float64 [blocks, models].
     """
-    room = np.zeros(STRETCH, np.float32)
-    for start in range(0, matrix.shape[1], STRETCH):
-        for first, stop, bound in _parts(
-            start, min(start + STRETCH, matrix.shape[1]), border, bounds
-        ):
-            if first == stop:
-                continue
-            spread = room[: stop - first]
-            if bound >= ZERO:
-                _spread(matrix, first, stop, spread)
-            for i in range(1, matrix.shape[0]):
-                sums = lanes[start // block, i - 1, first - start : stop - start]
-                _add_energy(matrix[i, first:stop], matrix[0, first:stop], spread, bound, sums)
+    room, lanes = np.zeros(STRETCH, np.float32), np.zeros((sums.shape[1], STRETCH), np.float32)
+    for number in range(sums.shape[0]):
+        last = min((number + 1) * block, matrix.shape[1])
+        for start in range(number * block, last, STRETCH):
+            for first, stop, bound in _parts(start, min(start + STRETCH, last), border, bounds):
+                if first == stop:
+                    continue
+                spread = room[: stop - first]
+                if bound >= ZERO:
+                    _spread(matrix, first, stop, spread)
+                for i in range(1, matrix.shape[0]):
+                    here = lanes[i - 1, first - start : stop - start]
+                    _add_energy(matrix[i, first:stop], matrix[0, first:stop], spread, bound, here)
+        fold(lanes, sums[number])
 
 
 @compiled
@@ -136,14 +138,7 @@ def _take(values: Any, numbers: Any, out: Any) -> None:
 
 @compiled
 def tally(
-    matrix: Any,
-    first: Any,
-    stop: Any,
-    block: Any,
-    most: Any,
-    lanes: Any,
-    values: Any,
-    squares: Any,
+    matrix: Any, first: Any, stop: Any, block: Any, most: Any, sums: Any, values: Any, squares: Any
 ) -> Any:
     """Count spreads around a bracket, and collect those inside and what would be their energy.
 
@@ -153,8 +148,8 @@ def tally(
         stop: float32, spread from which on they are above the bracket.
         block: elements in a block, a multiple of STRETCH.
         most: float64, share of a block up to which it is not crowded.
-        lanes: float32 [blocks, models, STRETCH]: the squares of the differences from the first row
-            are added to it, of elements above the bracket.
+        sums: float64 [blocks, models], for the energies of the differences from the first row of
+            elements above the bracket.
         values: float32 [elements], for the spreads inside.
         squares: float32 [models, elements], for the squares of the differences there.
 
@@ -162,32 +157,33 @@ def tally(
         How many are above, how many vary at all, how many are inside; and whether a block is
         crowded with these.
     """
-    room = np.empty((2, STRETCH), np.float32)
+    room, lanes = np.empty((2, STRETCH), np.float32), np.zeros((sums.shape[1], STRETCH), np.float32)
     numbers, found = np.empty(STRETCH, np.uint32), np.empty(STRETCH + ROOM, np.uint32)
-    above, varying, inside, before, crowded = 0, 0, 0, 0, False
+    above, varying, inside, crowded = 0, 0, 0, False
     low = as_bits(first)
     width = np.uint32(as_bits(stop) - low)
-    for start in range(0, matrix.shape[1], STRETCH):
-        end = min(start + STRETCH, matrix.shape[1])
-        size = end - start
-        spread, row, base = room[0, :size], room[1, :size], matrix[0, start:end]
-        _spread(matrix, start, end, spread)
-        reached, vary = _count(spread, stop)
-        above += reached
-        varying += vary
-        _number(spread, low, width, numbers[:size])
-        count = collect(numbers[:size], np.uint32(0), np.uint32(STRETCH), found, np.uint64(0))
-        until = inside + np.int64(count)
-        _take(spread, found, values[inside:until])
-        for i in range(matrix.shape[0] - 1):
+    for number in range(sums.shape[0]):
+        last, before = min((number + 1) * block, matrix.shape[1]), inside
+        for start in range(number * block, last, STRETCH):
+            end = min(start + STRETCH, last)
+            size = end - start
+            spread, row, base = room[0, :size], room[1, :size], matrix[0, start:end]
+            _spread(matrix, start, end, spread)
+            reached, vary = _count(spread, stop)
+            above += reached
+            varying += vary
+            _number(spread, low, width, numbers[:size])
+            count = collect(numbers[:size], np.uint32(0), np.uint32(STRETCH), found, np.uint64(0))
+            until = inside + np.int64(count)
             if reached or count:
-                sums = lanes[start // block, i, :size]
-                _add_squares(matrix[i + 1, start:end], base, spread, stop, row, sums)
-                _take(row, found, squares[i, inside:until])
-        inside = until
-        if end % block == 0 or end == matrix.shape[1]:
-            crowded |= inside - before > most * ((end - 1) % block + 1)
-            before = inside
+                _take(spread, found, values[inside:until])
+                for i in range(sums.shape[1]):
+                    here = lanes[i, :size]
+                    _add_squares(matrix[i + 1, start:end], base, spread, stop, row, here)
+                    _take(row, found, squares[i, inside:until])
+            inside = until
+        crowded |= inside - before > most * (last - number * block)
+        fold(lanes, sums[number])
     return above, varying, inside, crowded
 
 
@@ -294,11 +290,11 @@ def sce(matrix: Any, bounds: Any, border: Any, weights: Any, least: Any, out: An
 def warm(kind: Any) -> None:
     """Have everything compiled for matrices of numpy dtype `kind`."""
     matrix: Any = np.zeros((2, 2), kind)
-    lanes, out = np.zeros((1, 1, STRETCH), np.float32), np.zeros((1, 2), np.float32)
+    sums, out = np.zeros((1, 1)), np.zeros((1, 2), np.float32)
     bounds, one = np.zeros(2, np.float32), np.ones(1, np.float32)
     counting.warm(kind)
     spreads(matrix, out[0])
-    energies(matrix, bounds, 0, 2 * STRETCH, lanes)
-    tally(matrix, ONE, ONE, 2 * STRETCH, 1.0, lanes, out[0], out)
+    energies(matrix, bounds, 0, 2 * STRETCH, sums)
+    tally(matrix, ONE, ONE, 2 * STRETCH, 1.0, sums, out[0], out)
     for result in (out[0], np.zeros(2, np.uint16)):
         sce(matrix, bounds, 0, one, ONE, result)

@@ -18,7 +18,7 @@ from moeforge.methods import BLOCK, Measurement, Place, Scan
 from moeforge.methods._counted import Counted, Limits, limit
 from moeforge.methods._cut import NONE, Cut
 from moeforge.methods._select import begin, counting, finish, held
-from moeforge.methods._sums import LANES, add_up, blocks, joined, lane_sums, total
+from moeforge.methods._sums import add_up, blocks, joined, lane_sums, sums_for, total
 from moeforge.methods._target import MOST, Target
 from moeforge.methods._task import FEW, deltas, divided, summed
 
@@ -104,9 +104,9 @@ def energies(cut: Cut | None) -> Measurement:
         if (values := matrix(tensors)) is not None:
             from moeforge.kernels.varying import energies as compiled
 
-            lanes = _lanes(values)
-            compiled(values, *bounds(cut, here.start), BLOCK, lanes)
-            return joined(lanes)
+            sums = sums_for(values, len(values) - 1)
+            compiled(values, *bounds(cut, here.start), BLOCK, sums)
+            return sums.tolist()  # type: ignore[no-any-return]
         parts = selected(tensors, cut, here.start)
         if parts.device.type == "cuda":
             from moeforge.methods._gpu import block_sums
@@ -193,13 +193,6 @@ def _tally(tensors: Tensor, limits: Limits) -> Any:
     return counts, sums, values[inside], squares
 
 
-def _lanes(values: Any) -> Any:
-    import numpy as np
-
-    count = max(-(-values.shape[1] // BLOCK), 1)
-    return np.zeros((count, len(values) - 1, LANES), np.float32)
-
-
 def _tally_compiled(values: Any, limits: Limits) -> Any:
     """Do as `_tally`, by the kernel."""
     import numpy as np
@@ -207,13 +200,13 @@ def _tally_compiled(values: Any, limits: Limits) -> Any:
     from moeforge.kernels.varying import tally
 
     models, count = values.shape[0] - 1, values.shape[1]
-    lanes, inside = _lanes(values), np.empty(count, np.float32)
+    sums, inside = sums_for(values, models), np.empty(count, np.float32)
     squares = np.empty((models, count), np.float32)
     above, varying, many, crowded = tally(
-        *(values, limits.first, limits.stop, BLOCK, MOST, lanes, inside, squares)
+        *(values, limits.first, limits.stop, BLOCK, MOST, sums, inside, squares)
     )
     counts = (above, varying, crowded)
-    return counts, joined(lanes), inside[:many].copy(), squares[:, :many].copy()
+    return counts, sums.tolist(), inside[:many].copy(), squares[:, :many].copy()
 
 
 def _joining(most: int) -> Any:
