@@ -156,7 +156,7 @@ def _looking(target: Target) -> Any:
         if target.counts_ends or tensors.device.type == "cuda":
             found = spreads(tensors)
             pieces = counting([target], lambda *_: found[None])(tensors, here)
-            return _Found(pieces, int(found.count_nonzero()), [], None)
+            return _Found(pieces, _varying(found), [], None)
         compiled = matrix(tensors)
         seen = _tally(tensors, limits) if compiled is None else _tally_compiled(compiled, limits)
         (above, varying, crowded), sums, inside, squares = seen
@@ -165,6 +165,16 @@ def _looking(target: Target) -> Any:
         return _Found([piece], varying, sums, None if crowded else squares)
 
     return look
+
+
+def _varying(found: Tensor) -> int:
+    """Return how many spreads are not zero."""
+    import numpy as np
+
+    if found.device.type == "cuda":
+        return int(found.count_nonzero())
+    # Counting bools is several times faster than counting floats.
+    return int(np.count_nonzero(found.numpy() != 0))
 
 
 def _tally(tensors: Tensor, limits: Limits) -> Any:
@@ -180,7 +190,7 @@ def _tally(tensors: Tensor, limits: Limits) -> Any:
     reaching = values >= limits.stop
     inside = np.flatnonzero((values >= limits.first) ^ reaching)
     squares = np.square(parts.numpy()[:, inside])
-    # Comparisons into floats: several times faster than through bools.
+    # A comparison into floats: several times faster than through bools.
     above = torch.ge(found, float(limits.stop), out=torch.empty_like(found))
     parts.mul_(above).square_()
     sums, crowded = [], False
@@ -188,8 +198,7 @@ def _tally(tensors: Tensor, limits: Limits) -> Any:
         sums.append(joined(lane_sums(block)))
         here = np.searchsorted(inside, (number * BLOCK, (number + 1) * BLOCK))
         crowded |= bool(here[1] - here[0] > MOST * block.shape[1])
-    # Counting bools is several times faster than counting floats.
-    counts = (int(np.count_nonzero(reaching)), int(np.count_nonzero(values != 0)), crowded)
+    counts = (int(np.count_nonzero(reaching)), _varying(found), crowded)
     return counts, sums, values[inside], squares
 
 

@@ -18,6 +18,9 @@ _SIGMAS, _WIDEST = 3.5, 0.04
 _MANY = {False: 0.005, True: 0.03}
 """Share of the elements from which on it is faster to count them than to collect them; compiled,
 which collects without a branch, or not."""
+_MANY_OF_SHARE = 0.12
+"""The same where k is a share. It costs a pass of `_spread` to count them, and must not depend on
+what is compiled."""
 _NOT_FINITE = "the inputs hold infinite values or NaN"
 
 
@@ -117,9 +120,9 @@ class Target:
         self._low = max(float(low) if rank + margin < values.size else 0.0, self._least)
         self._high = float(high) if rank - margin > 0 else math.inf
         # Where inputs have few bits, much may be equal to an end: that is counted, not collected.
-        # Of a share it must not depend on what is compiled: see `counts_ends` and who asks.
-        many = _MANY[kernels.loaded() and self._count is not None] * values.size
-        often = [np.count_nonzero(values == end) > many for end in (self._low, self._high)]
+        many = _MANY_OF_SHARE if self._count is None else _MANY[kernels.loaded()]
+        ends = (self._low, self._high)
+        often = [np.count_nonzero(values == end) > many * values.size for end in ends]
         self._many = bool(often[0] and self._low > 0.0), bool(often[1] and self._high < math.inf)
 
     def limits(self, kind: Any) -> Limits:
@@ -127,7 +130,7 @@ class Target:
         import numpy as np
 
         ends = np.array([self._low, self._high], kind)
-        if ends[0] == ends[1]:
+        if ends[0] == ends[1] and self._count is not None:
             self._many = (True, True)
         inner = np.nextafter(ends, np.array(np.inf, kind))
         first = inner[0] if self._many[0] else ends[0]
