@@ -16,6 +16,7 @@ import pytest
 import torch
 from blake3 import blake3
 from safetensors.torch import load_file
+from test_crash import RECIPES
 
 import moeforge
 from moeforge import engine, forge
@@ -166,6 +167,27 @@ def test_headers_of_files_to_come_hold_back_no_copy(tmp_path, monkeypatch):
         worker.start()
         worker.join(1)
         assert not worker.is_alive()
+
+
+@pytest.mark.parametrize(("kind", "copied"), [("mixture", True), ("slerp", False)])
+def test_a_mixture_is_copied_as_a_stack_is(kind, copied, llamas, tmp_path, monkeypatch):
+    """By threads that wait for the hash: computing its routers is next to nothing."""
+    forked, spare = [], []
+    real, sealer = processes.run, seal.Sealer
+
+    def counted(*given):
+        forked.append(len(given[0]))
+        real(*given)
+
+    def noted(*given):
+        spare.append(sealer(*given)._spare)
+        return sealer(*given)
+
+    monkeypatch.setattr(processes, "run", counted)
+    monkeypatch.setattr(engine, "Sealer", noted)
+    monkeypatch.setattr(engine, "CHUNK", 1)  # enough work for two, however small the models
+    moeforge.build(RECIPES[kind](*llamas[:2]), tmp_path / "out", threads=2, verify=False)
+    assert (spare, not forked) == ([int(copied)], copied)
 
 
 class Failing(MemorySource):

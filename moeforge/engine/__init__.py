@@ -17,7 +17,7 @@ from moeforge import kernels, methods
 from moeforge import workers as threads
 from moeforge.engine import processes
 from moeforge.engine.fetch import Fetcher
-from moeforge.engine.jobs import CopyJob, MergeJob, are_copies, jobs_of
+from moeforge.engine.jobs import CopyJob, MergeJob, are_copies, are_mostly_copies, jobs_of
 from moeforge.engine.pool import Pool
 from moeforge.engine.seal import Sealer
 from moeforge.engine.writer import OutputFiles
@@ -264,7 +264,7 @@ def run(
 
 def _workers(plan: Plan, jobs: list[CopyJob | MergeJob], settings: Settings) -> tuple[int, bool]:
     """Return how many workers there will be, and whether they are processes of their own."""
-    if are_copies(jobs):
+    if are_mostly_copies(jobs):
         return settings.workers, False
     elements = sum(job.size for job in jobs)
     workers = min(settings.workers, len(jobs), -(-elements // CHUNK))

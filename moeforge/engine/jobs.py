@@ -35,6 +35,9 @@ threads spend their time handing Python's lock over."""
 SAMPLE, COARSE = 2**16, 32
 """Elements of a sample; and the runs that it is made of where runs cannot be short."""
 
+_LITTLE = 100
+"""Where of so many bytes at most one is computed with, it is copying that takes the time."""
+
 Report = Callable[[int], None]
 Ready = Callable[[Report], None]
 """Returns when inputs are there; calls what it is given now and then, which may raise."""
@@ -356,6 +359,12 @@ def _span(plan: Plan, expr: Expr, spec: TensorSpec) -> tuple[Read, FileSpan] | N
 def are_copies(jobs: Sequence[CopyJob | MergeJob]) -> bool:
     """Say whether nothing is computed by any of `jobs`."""
     return all(isinstance(job, CopyJob) for job in jobs)
+
+
+def are_mostly_copies(jobs: Sequence[CopyJob | MergeJob]) -> bool:
+    """Say whether what is computed is next to nothing: the routers of a mixture, say."""
+    computed = sum(job.size for job in jobs if isinstance(job, MergeJob))
+    return _LITTLE * computed <= sum(job.size for job in jobs)
 
 
 def jobs_of(plan: Plan, shards: Sequence[Shard], files: Sink) -> list[CopyJob | MergeJob]:

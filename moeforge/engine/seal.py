@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moeforge.engine.background import Background
-from moeforge.engine.jobs import CopyJob, MergeJob, are_copies
+from moeforge.engine.jobs import CopyJob, MergeJob, are_mostly_copies
 from moeforge.errors import BuildError, Finding
 from moeforge.hashes import BLAKE3, begin
 from moeforge.output.layout import Shard
@@ -27,7 +27,7 @@ _POLL = 0.05
 
 
 class Sealer(Background):
-    """Threads that hash, and where everything is copied, hold back those that copy.
+    """Threads that hash, and where nearly everything is copied, hold back those that copy.
 
     Args:
         folder: where the files are.
@@ -58,7 +58,7 @@ class Sealer(Background):
         self._behind = 0
         # One worker never waits, so that there is always something to hash. Those that compute
         # may be other processes, and take longer than hashing.
-        self._spare = threads - 1 if are_copies(jobs) else 0
+        self._spare = threads - 1 if are_mostly_copies(jobs) else 0
         super().__init__(max(1, min(threads, len(shards))))
         for name in self._jobs:
             self._move(name)
