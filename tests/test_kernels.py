@@ -234,6 +234,52 @@ def test_inner_products_are_added_up_in_one_order(count):
     assert all((one == other).all() for one, other in zip(by_torch, by_kernels, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [0, 700, 5000])
+def test_lanes_are_added_up_in_their_order(count, dtype):
+    """Rows lie apart, and end anywhere; numpy must not add up in pairs."""
+    from moeforge.methods._sums import LANES, lane_sums
+
+    rows = torch.randn(3, 6000, dtype=dtype, generator=torch.Generator().manual_seed(4))[:, :count]
+    expected = torch.zeros(3, LANES, dtype=dtype)
+    for part in rows.split(LANES, dim=1):
+        expected[:, : part.shape[1]] += part
+    assert torch.equal(torch.from_numpy(lane_sums(rows)), expected)
+
+
+@pytest.mark.parametrize("word", ["slerp", "dare_ties"])
+def test_sums_are_added_up_in_one_order(word):
+    """The merge shows of them no more than rounded factors."""
+    from moeforge.methods import Place
+
+    inputs = torch.stack(models((37, 2051), torch.float32)).flatten(1)
+    params = {"t": 0.4} if word == "slerp" else {**UNEQUAL, **DRAWN, "density": (None, 0.5, 1, 0)}
+    inputs, place = inputs[: 2 if word == "slerp" else 4], Place((37, 2051), 3)
+    scan = next(methods.load(word).measure(params, place))
+    by_torch = scan.join([scan.look(inputs.clone(), place)])
+    assert kernels.load(["angles", "drawing"], narrow=False)
+    by_kernels = scan.join([scan.look(inputs, place)])
+    if word == "dare_ties":
+        by_torch, by_kernels = by_torch[0], by_kernels[0]  # without what is held
+    assert len(by_torch) >= 3
+    assert by_torch == by_kernels
+
+
+@pytest.mark.parametrize("word", ["dare_ties", "dare_linear"])
+@pytest.mark.parametrize("start", [1, 1027, 2046])
+def test_what_is_drawn_follows_from_the_elements_number(word, start):
+    from moeforge.methods import Place
+    from moeforge.methods._task import Stats
+
+    inputs = torch.stack(models((4, 1025), torch.bfloat16)).flatten(1)
+    method, params = methods.load(word), {**THREE, **DRAWN, "density": (None, 0.5, 0.3, 0.9)}
+    stats = [Stats(None, (2.0, 3.0, 1.1)) for _ in range(2)]
+    assert kernels.load(method.kernels, narrow=True)
+    whole = method.merge(inputs, params, stats[0], Place((4, 1025), 0))
+    part = inputs[:, start:].contiguous()
+    assert torch.equal(whole[start:], method.merge(part, params, stats[1], Place((4, 1025), start)))
+
+
 def test_every_method_with_kernels_is_compared_here():
     words = {word for word in catalog.names("methods") if methods.load(word).kernels}
     assert words == {word for word, _ in CASES}
