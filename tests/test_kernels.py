@@ -280,6 +280,41 @@ def test_what_is_drawn_follows_from_the_elements_number(word, start):
     assert torch.equal(whole[start:], method.merge(part, params, stats[1], Place((4, 1025), start)))
 
 
+@pytest.mark.parametrize("weights", [(1.0,) * 5, (-0.3,) * 5, (0.5, -0.2, 0.7, 0.1, -0.4)], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_so_many_models_are_merged_as_torch_does(count, weights):
+    from moeforge.methods import Place
+    from moeforge.methods._task import Stats
+
+    base, *tunes = models((4, 1025), torch.float32)
+    tiny = base.clone()
+    base[3, :9], tiny[3, :9] = 0.0, -(2.0**-126)
+    tunes = [tiny, *tunes, 2 * base - tunes[0]]
+    for tune, value in zip((base, *tunes), (0.0, 0.5, -0.5, 0.0, 0.0, 0.0), strict=True):
+        tune[3, 9:20], tune[3, 20:40] = value, -0.0
+    inputs = torch.stack([base, *tunes[:count]]).flatten(1)
+    for word in ("ties", "task_arithmetic"):
+        method, found = methods.load(word), []
+        for normalize in (True, False):
+            params = {"weight": (None, *weights[:count]), "density": (None, *(1.0,) * count)}
+            params |= {"normalize": normalize, "lambda": 0.7}
+            for ready in (False, True):
+                kernels.unload()
+                assert not ready or kernels.load(method.kernels, narrow=False)
+                stats = Stats(None, (1.1,) * count)
+                merged = method.merge(inputs.clone(), params, stats, Place((4, 1025), 0))
+                found.append(bits(merged.clone()))
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[2], found[3])
+
+
+def test_of_sums_only_zeros_have_no_sign():
+    from moeforge.methods._task import majority
+
+    parts = torch.tensor([[0.0, -0.0, 1.0, 2.0, 2.0**-149], [0.0, -0.0, -1.0, -3.0, -(2.0**-126)]])
+    assert majority(parts).tolist() == [1.0, 1.0, 1.0, -1.0, -1.0]
+
+
 def test_every_method_with_kernels_is_compared_here():
     words = {word for word in catalog.names("methods") if methods.load(word).kernels}
     assert words == {word for word, _ in CASES}

@@ -7,10 +7,7 @@ from typing import Any
 import numpy as np
 
 from moeforge.kernels.lanes import fold
-from moeforge.kernels.rows import STRETCH, compiled, wide
-
-_APART = STRETCH + 16
-"""Elements from one row of sums to the next: a power of two would have them share cache lines."""
+from moeforge.kernels.rows import PADDED, STRETCH, compiled, wide
 
 
 @compiled
@@ -19,8 +16,8 @@ def _add_squares(one: Any, other: Any, sums: Any) -> None:
     for j in range(one.size):
         a, b = wide(one[j]), wide(other[j])
         sums[j] += a * a
-        sums[_APART + j] += b * b
-        sums[2 * _APART + j] += a * b
+        sums[PADDED + j] += b * b
+        sums[2 * PADDED + j] += a * b
 
 
 @compiled
@@ -32,7 +29,7 @@ def squares(matrix: Any, block: Any, sums: Any) -> None:
         block: elements per block.
         sums: float64 [blocks, 3].
     """
-    lanes = np.zeros((3, _APART), np.float32)
+    lanes = np.zeros((3, PADDED), np.float32)
     for number in range(sums.shape[0]):
         last = min((number + 1) * block, matrix.shape[1])
         for start in range(number * block, last, STRETCH):

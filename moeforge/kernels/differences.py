@@ -8,14 +8,15 @@ import numpy as np
 
 from moeforge.kernels import counting
 from moeforge.kernels.bits import unpack
+from moeforge.kernels.combining import combine
 from moeforge.kernels.drawing import ALL, words_of
 from moeforge.kernels.rows import (
     ONE,
     STRETCH,
     ZERO,
+    borrowed,
     compiled,
-    majority,
-    store,
+    rows_of,
     subtract,
     wide,
     widen,
@@ -36,96 +37,103 @@ def deltas(matrix: Any, out: Any) -> None:
             subtract(row, base)
 
 
-# What becomes of one model's differences, in a single loop each: little is stored on the way.
+# What becomes of one model's differences, in a single loop each.
 
 
 @compiled
-def _add_differences(row: Any, base: Any, factor: Any, total: Any) -> None:
-    for j in range(total.size):
-        total[j] += (wide(row[j]) - base[j]) * factor
+def _multiply(row: Any, base: Any, factor: Any, part: Any) -> None:
+    for j in range(part.size):
+        part[j] = (wide(row[j]) - base[j]) * factor
 
 
 @compiled
-def _trim(row: Any, base: Any, bound: Any, factor: Any, part: Any, total: Any) -> None:
+def _trim(row: Any, base: Any, bound: Any, factor: Any, part: Any) -> None:
     for j in range(part.size):
         value = wide(row[j]) - base[j]
-        value = (ZERO if abs(value) <= bound else value) * factor
-        part[j] = value
-        total[j] += value
+        part[j] = (ZERO if abs(value) <= bound else value) * factor
 
 
 @compiled
-def _window(
-    row: Any, base: Any, bound: Any, outer: Any, factor: Any, part: Any, total: Any
-) -> None:
+def _window(row: Any, base: Any, bound: Any, outer: Any, factor: Any, part: Any) -> None:
     for j in range(part.size):
         value = wide(row[j]) - base[j]
         value = ZERO if abs(value) <= bound else value
-        value = (value - (ZERO if abs(value) <= outer else value)) * factor
-        part[j] = value
-        total[j] += value
+        part[j] = (value - (ZERO if abs(value) <= outer else value)) * factor
 
 
 @compiled
-def _mask(row: Any, base: Any, kept: Any, factor: Any, part: Any, total: Any) -> None:
+def _mask(row: Any, base: Any, kept: Any, factor: Any, part: Any) -> None:
     for j in range(part.size):
-        value = (wide(row[j]) - base[j]) * np.float32(kept[j]) * factor
-        part[j] = value
-        total[j] += value
+        part[j] = (wide(row[j]) - base[j]) * np.float32(kept[j]) * factor
 
 
 @compiled
-def _draw(row: Any, base: Any, drawn: Any, limit: Any, factor: Any, part: Any, total: Any) -> None:
+def _draw(row: Any, base: Any, drawn: Any, limit: Any, factor: Any, part: Any) -> None:
     # Multiplied, and not chosen: what is dropped keeps its sign.
     for j in range(part.size):
-        value = (wide(row[j]) - base[j]) * (ONE if drawn[j] < limit else ZERO) * factor
-        part[j] = value
-        total[j] += value
+        part[j] = (wide(row[j]) - base[j]) * (ONE if drawn[j] < limit else ZERO) * factor
 
 
 @compiled
 def _across(
-    row: Any, base: Any, inner: Any, outer: Any, bounds: Any, factor: Any, part: Any, total: Any
+    row: Any, base: Any, inner: Any, outer: Any, bounds: Any, factor: Any, part: Any
 ) -> None:
     """Do as `_window` where bounds [2, 2] change at elements `inner` and `outer`."""
     for j in range(row.size):
         low, high = bounds[0, 0 if j < inner else 1], bounds[1, 0 if j < outer else 1]
         here = slice(j, j + 1)
-        _window(row[here], base[here], low, high, factor, part[here], total[here])
+        _window(row[here], base[here], low, high, factor, part[here])
 
 
 @compiled
-def _add_agreeing(total: Any, taking: Any, row: Any, sign: Any, weight: Any) -> None:
-    for j in range(row.size):
-        value = row[j] * sign[j]
-        value = ZERO if value < ZERO else value
-        total[j] += value
-        taking[j] += weight if value > ZERO else ZERO
-
-
-@compiled
-def _add_to_base(base: Any, total: Any, divisor: Any, step: Any, out: Any) -> None:
-    if divisor == ONE:
-        for j in range(base.size):
-            store(out, j, base[j] + total[j] * step)
-    else:
-        for j in range(base.size):
-            store(out, j, base[j] + (total[j] / divisor) * step)
-
-
-@compiled
-def _divide(total: Any, sign: Any, divisor: Any, normalize: Any, equal: Any, weight: Any) -> None:
-    """Turn sums of what agrees into the election's result, in `total`."""
-    if not normalize:
-        for j in range(total.size):
-            total[j] = total[j] * sign[j]
-    elif equal:
-        # Where nobody takes part the result is zero, whatever it is divided by.
-        for j in range(total.size):
-            total[j] = total[j] * (sign[j] / (max(divisor[j], ONE) * weight))
-    else:
-        for j in range(total.size):
-            total[j] = total[j] * (sign[j] / (divisor[j] + (ONE if divisor[j] == ZERO else ZERO)))
+def _task(
+    matrix: Any,
+    borders: Any,
+    bounds: Any,
+    kept: Any,
+    start: Any,
+    keys: Any,
+    limits: Any,
+    sparse: Any,
+    factors: Any,
+    weights: Any,
+    how: Any,
+    room: Any,
+    out: Any,
+) -> None:
+    matrix, kept, out, parts = borrowed(matrix), borrowed(kept), borrowed(out), borrowed(room[0])
+    base, words, chosen = borrowed(room[1]), borrowed(room[2]), borrowed(room[3])
+    models = matrix.shape[0] - 1
+    parts[models:] = -ZERO
+    draws = words.view(np.int16)
+    for begin in range(0, matrix.shape[1], STRETCH):
+        end = min(begin + STRETCH, matrix.shape[1])
+        size = end - begin
+        first = (start + begin) // 4
+        drawn = draws[start + begin - 4 * first :][:size]
+        origin = base[:size]
+        widen(matrix[0, begin:end], origin)
+        for i in range(models):
+            row, part, factor = matrix[i + 1, begin:end], parts[i, :size], factors[i]
+            if kept.size:
+                unpack(kept[i, begin // 8 : (end + 7) // 8], chosen)
+                _mask(row, origin, chosen, factor, part)
+            elif keys.size and limits[i] < ALL:
+                words_of(keys[i], first, words)
+                _draw(row, origin, drawn, limits[i], factor, part)
+            elif sparse:
+                inner, outer = borders[i, 0] - begin, borders[i, 1] - begin
+                low = bounds[i, 0, 0 if inner >= size else 1]
+                high = bounds[i, 1, 0 if outer >= size else 1]
+                if 0 < inner < size or 0 < outer < size:
+                    _across(row, origin, inner, outer, bounds[i], factor, part)
+                elif high < np.inf:
+                    _window(row, origin, low, high, factor, part)
+                else:
+                    _trim(row, origin, low, factor, part)
+            else:
+                _multiply(row, origin, factor, part)
+        combine(parts, origin, weights, how, out[begin:end])
 
 
 @compiled
@@ -170,50 +178,13 @@ def task(
         step: float32, what the sum is multiplied with.
         out: float32; or uint16, for bits of bfloat16.
     """
-    models = matrix.shape[0] - 1
-    parts = np.empty((models, STRETCH), np.float32)
-    room = np.empty((4, STRETCH), np.float32)
+    parts, base = rows_of(max(matrix.shape[0] - 1, 3)), rows_of(1)[0]
     words = np.empty(STRETCH // 4 + 1, np.uint64)
-    drawn, chosen = words.view(np.int16), np.empty(STRETCH, np.uint8)
-    for begin in range(0, matrix.shape[1], STRETCH):
-        end = min(begin + STRETCH, matrix.shape[1])
-        size = end - begin
-        first = (start + begin) // 4
-        odd = start + begin - 4 * first
-        base, total, sign, taking = room[0, :size], room[1, :size], room[2, :size], room[3, :size]
-        for j in range(size):
-            total[j] = -ZERO  # to which adding anything changes nothing, not even a negative zero
-        widen(matrix[0, begin:end], base)
-        for i in range(models):
-            row, part = matrix[i + 1, begin:end], parts[i, :size]
-            if kept.size:
-                unpack(kept[i, begin // 8 : (end + 7) // 8], chosen)
-                _mask(row, base, chosen, factors[i], part, total)
-            elif keys.size and limits[i] < ALL:
-                words_of(keys[i], first, words)
-                here = drawn[odd : odd + size]
-                _draw(row, base, here, limits[i], factors[i], part, total)
-            elif consensus or sparse:
-                inner, outer = borders[i, 0] - begin, borders[i, 1] - begin
-                low = bounds[i, 0, 0 if inner >= size else 1]
-                high = bounds[i, 1, 0 if outer >= size else 1]
-                if 0 < inner < size or 0 < outer < size:
-                    _across(row, base, inner, outer, bounds[i], factors[i], part, total)
-                elif high < np.inf:
-                    _window(row, base, low, high, factors[i], part, total)
-                else:
-                    _trim(row, base, low, factors[i], part, total)
-            else:
-                _add_differences(row, base, factors[i], total)
-        if consensus:
-            majority(total, sign)
-            for j in range(size):
-                total[j], taking[j] = -ZERO, ZERO
-            for i in range(models):
-                weight = ONE if equal else weights[i]
-                _add_agreeing(total, taking, parts[i, :size], sign, weight)
-            _divide(total, sign, taking, normalize, equal, weights[0])
-        _add_to_base(base, total, divisor, step, out[begin:end])
+    room = (parts, base, words, np.empty(STRETCH, np.uint8))
+    how = (consensus, normalize, equal, divisor, step)
+    _task(
+        matrix, borders, bounds, kept, start, keys, limits, sparse, factors, weights, how, room, out
+    )
 
 
 def warm(kind: Any) -> None:

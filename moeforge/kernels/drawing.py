@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moeforge.kernels.lanes import fold
-from moeforge.kernels.rows import ONE, STRETCH, ZERO, compiled, wide, widen
+from moeforge.kernels.rows import ONE, PADDED, STRETCH, ZERO, compiled, wide, widen
 
 _GOLDEN, _FIRST, _SECOND = (
     np.uint64(0x9E3779B97F4A7C15),
@@ -16,8 +16,6 @@ _GOLDEN, _FIRST, _SECOND = (
 )
 ALL = 2**15
 """Where draws below a limit are kept: the limit that keeps everything."""
-_PADDED = STRETCH + 16
-"""Elements of a row of sums: a power of two would have rows share cache lines."""
 
 
 @compiled
@@ -71,7 +69,7 @@ def _add_drawn(row: Any, base: Any, drawn: Any, limit: Any, sums: Any) -> None:
     for j in range(row.size):
         value = abs(wide(row[j]) - base[j])
         sums[j] += value
-        sums[_PADDED + j] += value * (ONE if drawn[j] < limit else ZERO)
+        sums[PADDED + j] += value * (ONE if drawn[j] < limit else ZERO)
 
 
 @compiled
@@ -87,7 +85,7 @@ def thinned(matrix: Any, start: Any, keys: Any, limits: Any, block: Any, sums: A
         sums: float64 [blocks, 2, models]; as it is for everything, and for what is kept.
     """
     models = matrix.shape[0] - 1
-    lanes, base = np.zeros((models, 2, _PADDED), np.float32), np.empty(STRETCH, np.float32)
+    lanes, base = np.zeros((models, 2, PADDED), np.float32), np.empty(STRETCH, np.float32)
     words = np.empty(STRETCH // 4 + 1, np.uint64)
     drawn = words.view(np.int16)
     for number in range(sums.shape[0]):

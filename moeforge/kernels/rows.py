@@ -19,8 +19,9 @@ from numba import float32, njit, types, uint32
 from numba.extending import intrinsic, overload
 
 STRETCH = 1024
+PADDED = STRETCH + 16
+"""Elements from one row to the next where rows would share the same few cache lines otherwise."""
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
-_TINIEST = np.float32(2.0**-126)
 
 
 def compiled(function: Any) -> Any:
@@ -46,6 +47,22 @@ def as_bits(typing: Any, value: Any) -> Any:
         return builder.bitcast(args[0], context.get_value_type(types.uint32))
 
     return uint32(float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def borrowed(typing: Any, array: Any) -> Any:
+    """Return `array` without a share in its memory, for a function that was given it.
+
+    Its parts are not counted then: where a loop has branches, counting takes longer than what a
+    row needs. Never of what the function itself has allocated.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        made = context.make_array(signature.args[0])(context, builder, value=args[0])
+        made.meminfo, made.parent = made.meminfo.type(None), made.parent.type(None)
+        return made._getvalue()
+
+    return array(array), generate
 
 
 def wide(value: Any) -> Any:
@@ -114,6 +131,14 @@ def _widen_compiled(values: Any, out: Any) -> Any:
 
 
 @compiled
+def rows_of(count: Any) -> Any:
+    """Return memory for float32 [count, PADDED], each row from the start of a cache line on."""
+    room = np.empty(count * PADDED + 16, np.float32)
+    first = -(room.ctypes.data // 4) % 16
+    return room[first : first + count * PADDED].reshape(count, PADDED)
+
+
+@compiled
 def add(total: Any, row: Any) -> None:
     """Add `row` to `total`."""
     for j in range(row.size):
@@ -130,8 +155,7 @@ def subtract(row: Any, base: Any) -> None:
 @compiled
 def sign_of(total: Any) -> Any:
     """Return the sign of a sum, 1 or −1; 1 where it is zero."""
-    value = total + _TINIEST
-    return ONE if value > ZERO else (-ONE if value < ZERO else ZERO)
+    return -ONE if total < ZERO else ONE
 
 
 @compiled

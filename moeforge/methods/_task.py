@@ -123,14 +123,14 @@ def summed(parts: Tensor) -> Tensor:
     return added(parts).add_(0.0) if len(parts) <= FEW else parts.sum(0)
 
 
-_TINIEST = 2.0**-126
-"""The smallest normal float32: it decides the sign of a sum only where that is zero."""
-
-
 def majority(parts: Tensor) -> Tensor:
     """Return the sign of the sum of `parts` [models, elements], 1 or −1; 1 where it is zero."""
+    import torch
+
     # In floats throughout: comparisons into bools and selections by them are far slower.
-    return added(parts).add_(_TINIEST).sign_()
+    total = added(parts).add_(0.0)  # no zero is negative then
+    one = torch.ones((), dtype=total.dtype, device=total.device)
+    return torch.copysign(one, total, out=total)
 
 
 def elect(parts: Tensor, weights: Sequence[float], *, normalize: bool) -> Tensor:
