@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from moeforge.kernels.rows import STRETCH, ZERO, as_float, compiled, wide, widen
+from moeforge.kernels.rows import STRETCH, ZERO, as_float, borrowed, compiled, rows_of, wide, widen
 
 BINS = 2**11
 LANES = 16
@@ -175,6 +175,42 @@ def magnitudes(matrix: Any, which: Any, out: Any) -> None:
 
 
 @compiled
+def _count(values: Any, stop: Any, low: Any, high: Any) -> Any:
+    reached, lows, highs = np.int32(0), np.int32(0), np.int32(0)
+    for j in range(values.size):
+        reached += np.int32(values[j] >= stop)
+        lows += np.int32(values[j] == low)
+        highs += np.int32(values[j] == high)
+    return reached, lows, highs
+
+
+@compiled
+def _tallies(matrix: Any, which: Any, limits: Any, spare: Any, room: Any, found: Any) -> None:
+    matrix, spare = borrowed(matrix), borrowed(spare)
+    borders, rooms = borrowed(limits.view(np.uint32)), borrowed(room.view(np.uint32))
+    bits = spare.view(np.uint32)
+    for start in range(0, matrix.shape[1], STRETCH):
+        end = min(start + STRETCH, matrix.shape[1])
+        base, row = spare[0, : end - start], spare[1, : end - start]
+        widen(matrix[0, start:end], base)
+        for i in range(which.size):
+            if i == 0 or which[i] != which[i - 1]:
+                _absolute_difference(matrix[which[i], start:end], base, row)
+            first, stop, low, high = limits[i]
+            if low == low or high == high:
+                reached, lows, highs = _count(row, stop, low, high)
+                found[i, 1] += lows
+                found[i, 2] += highs
+            else:
+                reached = _reaching(row, stop)
+            found[i, 0] += reached
+            if first < stop:
+                width = np.uint32(borders[i, 1] - borders[i, 0])
+                here = bits[1, : end - start]
+                found[i, 3] = collect(here, borders[i, 0], width, rooms[i], np.uint64(found[i, 3]))
+
+
+@compiled
 def tallies(matrix: Any, which: Any, limits: Any, room: Any, found: Any) -> None:
     """Count the magnitudes of differences from the first row around brackets, and collect them.
 
@@ -187,26 +223,8 @@ def tallies(matrix: Any, which: Any, limits: Any, room: Any, found: Any) -> None
         found: int64 [brackets, 4], for how many are `stop` or more, how many are equal to the first
             and to the second of the two values, and how many were collected.
     """
-    spare = np.empty((2, STRETCH), np.float32)
-    bits, borders, rooms = spare.view(np.uint32), limits.view(np.uint32), room.view(np.uint32)
     found[:] = 0
-    for start in range(0, matrix.shape[1], STRETCH):
-        end = min(start + STRETCH, matrix.shape[1])
-        base, row = spare[0, : end - start], spare[1, : end - start]
-        widen(matrix[0, start:end], base)
-        for i in range(which.size):
-            if i == 0 or which[i] != which[i - 1]:
-                _absolute_difference(matrix[which[i], start:end], base, row)
-            first, stop, low, high = limits[i]
-            found[i, 0] += _reaching(row, stop)
-            if low == low:
-                found[i, 1] += equal(row, low)
-            if high == high:
-                found[i, 2] += equal(row, high)
-            if first < stop:
-                width = np.uint32(borders[i, 1] - borders[i, 0])
-                here = bits[1, : end - start]
-                found[i, 3] = collect(here, borders[i, 0], width, rooms[i], np.uint64(found[i, 3]))
+    _tallies(matrix, which, limits, rows_of(2), room, found)
 
 
 def warm(kind: Any) -> None:

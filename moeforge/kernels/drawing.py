@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from moeforge.kernels.lanes import fold
-from moeforge.kernels.rows import ONE, PADDED, STRETCH, ZERO, compiled, wide, widen
+from moeforge.kernels.rows import (
+    ONE,
+    PADDED,
+    STRETCH,
+    ZERO,
+    borrowed,
+    compiled,
+    rows_of,
+    wide,
+    widen,
+)
 
 _GOLDEN, _FIRST, _SECOND = (
     np.uint64(0x9E3779B97F4A7C15),
@@ -73,21 +83,13 @@ def _add_drawn(row: Any, base: Any, drawn: Any, limit: Any, sums: Any) -> None:
 
 
 @compiled
-def thinned(matrix: Any, start: Any, keys: Any, limits: Any, block: Any, sums: Any) -> None:
-    """Put Σ|δ| of each model's differences from the base, and of what is drawn, into `sums`.
-
-    Args:
-        matrix: base and models.
-        start: number of the first element.
-        keys: uint64 [models], which draws follow from.
-        limits: int32 [models], below which draws are kept; ALL for everything.
-        block: elements per block.
-        sums: float64 [blocks, 2, models]; as it is for everything, and for what is kept.
-    """
-    models = matrix.shape[0] - 1
-    lanes, base = np.zeros((models, 2, PADDED), np.float32), np.empty(STRETCH, np.float32)
-    words = np.empty(STRETCH // 4 + 1, np.uint64)
-    drawn = words.view(np.int16)
+def _thinned(
+    matrix: Any, start: Any, keys: Any, limits: Any, block: Any, room: Any, words: Any, sums: Any
+) -> None:
+    matrix, room, words, sums = borrowed(matrix), borrowed(room), borrowed(words), borrowed(sums)
+    models, base = matrix.shape[0] - 1, room[0]
+    lanes, drawn = room[1:].reshape(models, 2, PADDED), words.view(np.int16)
+    lanes[:] = ZERO
     for number in range(sums.shape[0]):
         last = min((number + 1) * block, matrix.shape[1])
         for begin in range(number * block, last, STRETCH):
@@ -106,6 +108,23 @@ def thinned(matrix: Any, start: Any, keys: Any, limits: Any, block: Any, sums: A
             if limits[i] >= ALL:
                 lanes[i, 1] = lanes[i, 0]
             fold(lanes[i], sums[number, :, i])
+
+
+@compiled
+def thinned(matrix: Any, start: Any, keys: Any, limits: Any, block: Any, sums: Any) -> None:
+    """Put Σ|δ| of each model's differences from the base, and of what is drawn, into `sums`.
+
+    Args:
+        matrix: base and models.
+        start: number of the first element.
+        keys: uint64 [models], which draws follow from.
+        limits: int32 [models], below which draws are kept; ALL for everything.
+        block: elements per block.
+        sums: float64 [blocks, 2, models]; as it is for everything, and for what is kept.
+    """
+    words = np.empty(STRETCH // 4 + 1, np.uint64)
+    room = rows_of(1 + 2 * (matrix.shape[0] - 1))
+    _thinned(matrix, start, keys, limits, block, room, words, sums)
 
 
 def warm(kind: Any) -> None:
