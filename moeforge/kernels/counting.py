@@ -128,7 +128,13 @@ def tally(values: Any, first: Any, stop: Any, out: Any) -> Any:
 
 @compiled
 def ranked(values: Any, rank: Any) -> Any:
-    """Return the value of rank `rank`, 1 for the largest, of `values`, float32, not negative."""
+    """Return the value of rank `rank`, 1 for the largest, and how many are at least as large.
+
+    Args:
+        values: float32, not negative.
+        rank: from 1 to the number of values.
+    """
+    wanted = rank
     bits, room = values.view(np.uint32), np.empty(values.size + ROOM, np.uint32)
     low, high = np.uint32(0xFFFFFFFF), np.uint32(0)
     for j in range(bits.size):
@@ -149,7 +155,7 @@ def ranked(values: Any, rank: Any) -> Any:
             here = tables[:, place].sum()
         low = np.uint32(low + (np.uint32(place) << np.uint32(shift)))
         if shift == 0:
-            return as_float(low)
+            return as_float(low), wanted - rank + here
         width = np.uint32(1) << np.uint32(shift)
         high = np.uint32(low + width - np.uint32(1))
         # In place: what is kept goes where it was, or before that.
@@ -234,4 +240,5 @@ def warm(kind: Any) -> None:
     magnitudes(matrix, which, out)
     tally(out[0, :2], ZERO, np.float32(1.0), np.zeros(2 + ROOM, np.float32))
     ranked(out[0], 1)
+    equal(out[0], ZERO)
     tallies(matrix, which, np.ones((1, 4), np.float32), out, np.zeros((1, 4), np.int64))

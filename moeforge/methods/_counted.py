@@ -64,6 +64,10 @@ class Counted:
         if self.counts is not None:
             return int(self.counts[self.values == value].sum())
         more = (count for end, count in zip(self.ends, self.equal, strict=True) if end == value)
+        if kernels.loaded() and self.values.dtype == np.float32:
+            from moeforge.kernels.counting import equal
+
+            return int(equal(self.values, np.float32(value))) + sum(more)
         return int(np.count_nonzero(self.values == value)) + sum(more)
 
     def distinct(self) -> Counted:
@@ -169,8 +173,9 @@ def largest(pieces: Sequence[Counted], rank: int) -> tuple[Any, int]:
         if kernels.loaded() and values.dtype == np.float32:
             from moeforge.kernels.counting import ranked
 
-            value = ranked(values, rank - high)
+            value, reached = ranked(values, rank - high)
         else:
             value = np.partition(values, at)[at]
-        return value, high + int(np.count_nonzero(values >= value))
+            reached = int(np.count_nonzero(values >= value))
+        return value, high + reached
     return ends[0], high + len(values) + equal[0]

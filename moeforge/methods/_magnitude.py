@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
@@ -13,6 +14,9 @@ from moeforge.methods._task import deltas, densities
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_rooms: list[Any] = []
+"""Memory that is collected in, kept from slice to slice: new one would be cleared page by page."""
 
 
 def find_cuts(
@@ -47,11 +51,19 @@ def find_cuts(
 
         from moeforge.kernels.counting import ROOM, tallies
 
-        found = np.empty((len(quantities), 4), np.int64)
-        room = np.empty((len(quantities), matrix.shape[1] + ROOM), np.float32)
-        tallies(matrix, np.array(sparse, np.int64)[quantities] + 1, limits, room, found)
-        inside = [row[:count].copy() for row, (*_, count) in zip(room, found, strict=True)]
-        return [tuple(line[:3]) for line in found.tolist()], inside
+        shape = (len(quantities), matrix.shape[1] + ROOM)
+        try:
+            room = _rooms.pop()
+        except IndexError:
+            room = np.empty(0, np.float32)
+        if room.size < prod(shape):
+            room = np.empty(prod(shape), np.float32)
+        found, rows = np.empty((len(quantities), 4), np.int64), room[: prod(shape)].reshape(shape)
+        tallies(matrix, np.array(sparse, np.int64)[quantities] + 1, limits, rows, found)
+        lines = found.tolist()
+        inside = [row[: line[3]].copy() for row, line in zip(rows, lines, strict=True)]
+        _rooms.append(room)
+        return [tuple(line[:3]) for line in lines], inside
 
     counts = [wanted(i, place.numel) for i in sparse]
     found = yield from cuts(magnitudes, counts, place, tally)
