@@ -50,7 +50,7 @@ class Target:
         self._least = 0.0
         self._many = (False, False)
         self._equal = 0
-        if count is not None and count <= 0:
+        if count is not None and min(count, numel) <= 0:
             self.cut = NONE
 
     def know(self, nonzero: int) -> int:
@@ -247,10 +247,11 @@ class Target:
             left -= here
 
     def positions(self, values: Any, start: int) -> Any:
-        """Return the numbers of the elements that are equal to the cut's value."""
+        """Return the numbers of the elements equal to the cut's value, in the chunk of its last."""
         import numpy as np
 
-        if self.border is None or self.cut is None:
+        first, size = self.border or (0, 0)
+        if self.cut is None or not first <= start < first + size:
             return np.zeros(0, np.int64)
         if not isinstance(values, np.ndarray):
             from moeforge.methods._gpu import equal
