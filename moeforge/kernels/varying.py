@@ -14,7 +14,9 @@ from moeforge.kernels.rows import (
     STRETCH,
     ZERO,
     as_bits,
+    borrowed,
     compiled,
+    rows_of,
     sign_of,
     store,
     wide,
@@ -87,7 +89,8 @@ def energies(matrix: Any, bounds: Any, border: Any, block: Any, sums: Any) -> No
         block: elements in a block, a multiple of STRETCH.
         sums: float64 [blocks, models].
     """
-    room, lanes = np.zeros(STRETCH, np.float32), np.zeros((sums.shape[1], STRETCH), np.float32)
+    matrix, room, lanes = borrowed(matrix), rows_of(1)[0], rows_of(sums.shape[1])
+    room[:], lanes[:] = ZERO, ZERO
     for number in range(sums.shape[0]):
         last = min((number + 1) * block, matrix.shape[1])
         for start in range(number * block, last, STRETCH):
@@ -157,7 +160,9 @@ def tally(
         How many are above, how many vary at all, how many are inside; and whether a block is
         crowded with these.
     """
-    room, lanes = np.empty((2, STRETCH), np.float32), np.zeros((sums.shape[1], STRETCH), np.float32)
+    matrix, room, lanes = borrowed(matrix), rows_of(2), rows_of(sums.shape[1])
+    values, squares = borrowed(values), borrowed(squares)
+    lanes[:] = ZERO
     numbers, found = np.empty(STRETCH, np.uint32), np.empty(STRETCH + ROOM, np.uint32)
     above, varying, inside, crowded = 0, 0, 0, False
     low = as_bits(first)
@@ -272,7 +277,7 @@ def sce(matrix: Any, bounds: Any, border: Any, weights: Any, least: Any, out: An
         least: float32, what Σ wᵢ is at least.
         out: float32 [elements]; or uint16, for bits of bfloat16.
     """
-    room = np.empty((5, STRETCH), np.float32)
+    matrix, out, room = borrowed(matrix), borrowed(out), rows_of(5)
     for start in range(0, matrix.shape[1], STRETCH):
         for first, stop, bound in _parts(
             start, min(start + STRETCH, matrix.shape[1]), border, bounds
