@@ -111,7 +111,7 @@ def test_they_give_the_bits_of_torch(quick, tmp_path, monkeypatch, word, params,
 
 
 @pytest.mark.parametrize("row", [600, 2**15 + 77])
-@pytest.mark.parametrize("kind", ["few", "zero", "near", "one large", "all kinds"])
+@pytest.mark.parametrize("kind", ["few", "zero", "near", "mixed", "one large", "all kinds"])
 def test_ranks_found_by_tables_are_those_of_sorting(kind, row):
     """Where many are equal, or all, or none although they are alike; or where they span much."""
     from moeforge.methods import Place
@@ -125,6 +125,9 @@ def test_ranks_found_by_tables_are_those_of_sorting(kind, row):
         magnitudes.zero_()
     elif kind == "near":
         magnitudes = 1.0 + magnitudes * 1e-5
+    elif kind == "mixed":  # many equal ones, and a few that share their upper bits
+        magnitudes = (magnitudes * 8).round() / 8
+        magnitudes[:, ::9] += magnitudes[:, ::9].roll(1, 1) * 2**-12 + 2**-20
     elif kind == "one large":
         magnitudes[:, 3] = 3e38
     else:
@@ -134,6 +137,59 @@ def test_ranks_found_by_tables_are_those_of_sorting(kind, row):
     sorted_ = large(*arguments)
     assert kernels.load(["drawing", "thinning"], narrow=True)
     assert (large(*arguments) == sorted_).all()
+
+
+@pytest.mark.parametrize("listing", ["_lanes", "_each"])
+def test_elements_are_listed_in_order(listing):
+    from numba import njit
+
+    from moeforge.kernels import listing as module
+
+    if listing == "_lanes" and not module._LANED:
+        pytest.skip("this LLVM has no operation for it")
+    mark, sift = getattr(module, f"_mark{listing}"), getattr(module, f"_sift{listing}")
+    random = np.random.default_rng(0)
+    drawn = random.integers(-(2**15), 2**15, 64).astype(np.int16)
+    bins = random.integers(2**11, size=64).astype(np.uint16)
+    bins[3::5] = 0
+    lows, highs = np.sort(random.integers(2**16, size=(2, 32)), axis=0).astype(np.uint16)
+    drawn[::7] = lows[bins[::7] % 32].astype(int) - 2**15
+    drawn[3::7] = highs[bins[3::7] % 32].astype(int) - 2**15
+    kept, found = np.zeros(64, np.uint8), np.zeros((2, 64 + 32), np.uint16)
+
+    @njit
+    def both(drawn, bins, lows, highs, kept, found):
+        first = second = np.uint64(0)
+        for j in range(0, 64, 32):
+            number = np.uint16(500 + j)
+            first = mark(bins, j, number, found[0], first)
+            second = sift(drawn, bins, j, number, lows, highs, kept, found[1], second)
+        return first, second
+
+    ends = both(drawn, bins, lows, highs, kept, found)
+    draws, columns = drawn.astype(int) + 2**15, bins % 32
+    assert np.array_equal(found[0, : int(ends[0])], 500 + np.flatnonzero(bins))
+    assert np.array_equal(kept, draws < lows[columns])
+    left = (draws >= lows[columns]) & (draws < highs[columns])
+    assert np.array_equal(found[1, : int(ends[1])], 500 + np.flatnonzero(left))
+
+
+@pytest.mark.parametrize(
+    ("shape", "epsilon"),
+    [((4, 300), 0.1), ((100, 40), 0.1), ((3, 70_000), 0.1), ((4, 300), 0.4999999)],
+)
+def test_rows_of_all_lengths_are_thinned_alike(tmp_path, monkeypatch, shape, epsilon):
+    """Short and long ones, and such as need all draws and one more, are sorted; not the first."""
+    params = {
+        **THREE,
+        **DRAWN,
+        "density": (None, 0.5, 0.5, 1.0),
+        "epsilon": (None, epsilon, 0.2, 0),
+    }
+    plan = plan_of("della", params, models(shape, torch.bfloat16))
+    by_torch = built(plan, tmp_path / "torch")["y0"]
+    monkeypatch.setattr(kernels, "WORTH", dict.fromkeys(kernels.WORTH, 0))
+    assert torch.equal(bits(by_torch), bits(built(plan, tmp_path / "kernels")["y0"]))
 
 
 @pytest.mark.parametrize("word", ["ties", "breadcrumbs"])
