@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
-from moeforge.methods import BLOCK, Params, Place
+from moeforge.methods import Params, Place
 from moeforge.methods._random import derive, draws
 from moeforge.methods._sums import blocks, joined, lane_sums
 from moeforge.methods._task import Kept, densities, keep
@@ -154,7 +154,7 @@ def thinned(matrix: Any, params: Params, place: Place) -> tuple[list[Any], Kept]
     import torch
 
     shares, count = densities(params), matrix.shape[1]
-    narrow = _narrow(shares, tuple(params["epsilon"][1:]), place.row) if count <= BLOCK else None
+    narrow = _narrow(shares, tuple(params["epsilon"][1:]), place.row)
     if narrow is not None:
         from moeforge.kernels.thinning import thinned as compiled
 
