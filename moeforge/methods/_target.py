@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moeforge import kernels
@@ -101,8 +101,8 @@ class Target:
             self._least = float(np.nextafter(values.dtype.type(0), values.dtype.type(1)))
         else:
             rank = self._count / self._numel * values.size
-        ordered = np.sort(values)
-        middle = ordered[_index(values.size, rank)]
+        at = _ranks(values)
+        middle = at(rank)
 
         def beyond(run: Any) -> Any:
             """Return how many are above the middle: of a share, more than would be right."""
@@ -115,8 +115,8 @@ class Target:
             each = np.array([beyond(run) for run in runs])
         error = float(each.std()) * math.sqrt(len(each))
         margin = min(_SIGMAS * error + 16, _WIDEST * values.size)
-        low = ordered[_index(values.size, rank + margin)]
-        high = ordered[_index(values.size, rank - margin)]
+        low = at(rank + margin)
+        high = at(rank - margin)
         self._low = max(float(low) if rank + margin < values.size else 0.0, self._least)
         self._high = float(high) if rank - margin > 0 else math.inf
         # Where inputs have few bits, much may be equal to an end: that is counted, not collected.
@@ -265,6 +265,14 @@ class Target:
             self.cut = Cut(self.cut.value, int(found[self.border][self._equal - 1]))
 
 
-def _index(size: int, rank: float) -> int:
-    """Return the place in ascending order of the element that is `rank`-th from the top."""
-    return min(max(size - round(rank), 0), size - 1)
+def _ranks(values: Any) -> Callable[[float], Any]:
+    """Return what gives the value of a rank, about 1 for the largest, of `values`."""
+    import numpy as np
+
+    size = values.size
+    if kernels.loaded() and values.dtype == np.float32:
+        from moeforge.kernels.counting import ranked
+
+        return lambda rank: ranked(values, min(max(round(rank), 1), size))[0]
+    ordered = np.sort(values)
+    return lambda rank: ordered[size - min(max(round(rank), 1), size)]
