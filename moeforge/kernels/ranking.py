@@ -15,7 +15,7 @@ import numpy as np
 
 from moeforge.kernels.counting import equal
 from moeforge.kernels.listing import LANES, marked, sift
-from moeforge.kernels.rows import compiled
+from moeforge.kernels.rows import borrowed, compiled
 
 _BINS, _SHIFT, _UPPER = 2**11, np.uint32(16), np.uint32(0xFFFF0000)
 """Magnitudes are told apart by 7 bits of their fraction, in 16 powers of two below the largest."""
@@ -245,8 +245,11 @@ def choose_row(bits: Any, high: Any, drawn: Any, bounds: Any, kept: Any, room: A
         kept: uint8 [elements].
         room: what `rooms` returned.
     """
-    bins, before, tables, sums, limits = room[0][0], room[0][1], room[1], room[2], room[3]
-    (places, opened, late), values = (room[4][0], room[4][1], room[4][2]), room[5]
+    bits, drawn, bounds, kept = borrowed(bits), borrowed(drawn), borrowed(bounds), borrowed(kept)
+    lists, tables, sums = borrowed(room[0]), borrowed(room[1]), borrowed(room[2])
+    limits, numbers, values = borrowed(room[3]), borrowed(room[4]), borrowed(room[5])
+    bins, before, room = lists[0], lists[1], (lists, tables, sums)
+    places, opened, late = numbers[0], numbers[1], numbers[2]
     least = np.uint16(max(high >> _SHIFT, np.uint32(_BINS - 1)) - np.uint32(_BINS - 1))
     row, half = bits.size, _half(bits)
     _place(bits, least, bins, before)

@@ -13,12 +13,11 @@ from moeforge.kernels import ranking
 from moeforge.kernels.bits import pack
 from moeforge.kernels.drawing import words_of
 from moeforge.kernels.lanes import fold
-from moeforge.kernels.rows import STRETCH, as_bits, compiled, wide
+from moeforge.kernels.rows import STRETCH, as_bits, borrowed, compiled, wide
 
 
 @compiled
-def _magnitudes(row: Any, base: Any, out: Any, sums: Any) -> Any:
-    """Put magnitudes of differences into `out`, add them to `sums`; return the largest's bits."""
+def _add_magnitudes(row: Any, base: Any, out: Any, sums: Any) -> Any:
     high = np.uint32(0)
     for j in range(row.size):
         value = abs(wide(row[j]) - wide(base[j]))
@@ -29,9 +28,38 @@ def _magnitudes(row: Any, base: Any, out: Any, sums: Any) -> Any:
 
 
 @compiled
-def _add_kept(values: Any, kept: Any, sums: Any) -> None:
+def _magnitudes(row: Any, base: Any, number: Any, out: Any, sums: Any) -> Any:
+    """Put magnitudes of differences into `out`, and add them to `sums`, by their numbers.
+
+    Returns:
+        The bits of the largest.
+    """
+    row, base, out, sums = borrowed(row), borrowed(base), borrowed(out), borrowed(sums)
+    high, begin = np.uint32(0), 0
+    while begin < row.size:
+        lane = (number + begin) % STRETCH
+        end = min(begin + STRETCH - lane, row.size)
+        here = slice(begin, end)
+        high = max(high, _add_magnitudes(row[here], base[here], out[here], sums[lane:]))
+        begin = end
+    return high
+
+
+@compiled
+def _add(values: Any, kept: Any, sums: Any) -> None:
     for j in range(values.size):
         sums[j] += values[j] * np.float32(kept[j])
+
+
+@compiled
+def _add_kept(values: Any, kept: Any, number: Any, sums: Any) -> None:
+    """Add what is kept of `values` to `sums`, by their numbers."""
+    values, kept, sums, begin = borrowed(values), borrowed(kept), borrowed(sums), 0
+    while begin < values.size:
+        lane = (number + begin) % STRETCH
+        end = min(begin + STRETCH - lane, values.size)
+        _add(values[begin:end], kept[begin:end], sums[lane:])
+        begin = end
 
 
 @compiled
@@ -56,29 +84,18 @@ def thinned(
     lanes = np.zeros((2, STRETCH), np.float32)
     for i in range(keys.size):
         for first in range(0, matrix.shape[1], row):
-            end, high = first + row, np.uint32(0)
-            begin = first
-            while begin < end:
-                lane = begin % STRETCH
-                to = min(begin - lane + STRETCH, end)
-                inputs = (matrix[i + 1, begin:to], matrix[0, begin:to])
-                into = (values[begin - first : to - first], lanes[0, lane:])
-                high = max(high, _magnitudes(*inputs, *into))
-                begin = to
+            here = slice(first, first + row)
+            inputs = (matrix[i + 1, here], matrix[0, here])
+            high = _magnitudes(*inputs, first, values, lanes[0])
             if whole[i]:
-                kept[first:end] = 1
+                kept[here] = 1
             else:
                 word = (start + first) // 4
                 words_of(keys[i], word, words)
                 odd = start + first - 4 * word
-                bits, here = values.view(np.uint32), drawn[odd : odd + row]
-                ranking.choose_row(bits, high, here, bounds[i], kept[first:end], room)
-            begin = first
-            while begin < end:
-                lane = begin % STRETCH
-                to = min(begin - lane + STRETCH, end)
-                _add_kept(values[begin - first : to - first], kept[begin:to], lanes[1, lane:])
-                begin = to
+                given = (values.view(np.uint32), high, drawn[odd : odd + row], bounds[i])
+                ranking.choose_row(*given, kept[here], room)
+            _add_kept(values, kept[here], first, lanes[1])
         fold(lanes, sums[:, i])
         pack(kept, out[i])
 
