@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moeforge.kernels.lanes import fold
-from moeforge.kernels.rows import PADDED, STRETCH, compiled, wide
+from moeforge.kernels.rows import PADDED, STRETCH, ZERO, compiled, rows_of, wide
 
 
 @compiled
@@ -21,6 +21,19 @@ def _add_squares(one: Any, other: Any, sums: Any) -> None:
 
 
 @compiled
+def _add_four(one: Any, other: Any, sums: Any) -> None:
+    """Do as `_add_squares` with four stretches in their order, for a quarter of the stores."""
+    for j in range(STRETCH):
+        x, y, z = sums[j], sums[PADDED + j], sums[2 * PADDED + j]
+        for k in range(4):
+            a, b = wide(one[k * STRETCH + j]), wide(other[k * STRETCH + j])
+            x += a * a
+            y += b * b
+            z += a * b
+        sums[j], sums[PADDED + j], sums[2 * PADDED + j] = x, y, z
+
+
+@compiled
 def squares(matrix: Any, block: Any, sums: Any) -> None:
     """Put Σa², Σb² and Σab of each block of the two rows of `matrix` into `sums`.
 
@@ -29,12 +42,19 @@ def squares(matrix: Any, block: Any, sums: Any) -> None:
         block: elements per block.
         sums: float64 [blocks, 3].
     """
-    lanes = np.zeros((3, PADDED), np.float32)
+    lanes = rows_of(3)
+    lanes[:] = ZERO
     for number in range(sums.shape[0]):
         last = min((number + 1) * block, matrix.shape[1])
-        for start in range(number * block, last, STRETCH):
+        start, sums_of = number * block, lanes.reshape(-1)
+        while start + 4 * STRETCH <= last:
+            end = start + 4 * STRETCH
+            _add_four(matrix[0, start:end], matrix[1, start:end], sums_of)
+            start = end
+        while start < last:
             end = min(start + STRETCH, last)
-            _add_squares(matrix[0, start:end], matrix[1, start:end], lanes.reshape(-1))
+            _add_squares(matrix[0, start:end], matrix[1, start:end], sums_of)
+            start = end
         fold(lanes, sums[number])
 
 

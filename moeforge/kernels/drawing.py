@@ -16,7 +16,6 @@ from moeforge.kernels.rows import (
     compiled,
     rows_of,
     wide,
-    widen,
 )
 
 _GOLDEN, _FIRST, _SECOND = (
@@ -70,16 +69,28 @@ def keep(values: Any, kept: Any) -> None:
 @compiled
 def _add_magnitudes(row: Any, base: Any, sums: Any) -> None:
     for j in range(row.size):
-        sums[j] += abs(wide(row[j]) - base[j])
+        sums[j] += abs(wide(row[j]) - wide(base[j]))
 
 
 @compiled
 def _add_drawn(row: Any, base: Any, drawn: Any, limit: Any, sums: Any) -> None:
     # In one array, a known distance apart: compiled for vectors without asking where they lie.
     for j in range(row.size):
-        value = abs(wide(row[j]) - base[j])
+        value = abs(wide(row[j]) - wide(base[j]))
         sums[j] += value
         sums[PADDED + j] += value * (ONE if drawn[j] < limit else ZERO)
+
+
+@compiled
+def _add_four_drawn(row: Any, base: Any, drawn: Any, limit: Any, sums: Any) -> None:
+    """Do as `_add_drawn` with four stretches in their order, for a quarter of the stores."""
+    for j in range(STRETCH):
+        every, some = sums[j], sums[PADDED + j]
+        for k in range(4):
+            value = abs(wide(row[k * STRETCH + j]) - wide(base[k * STRETCH + j]))
+            every += value
+            some += value * (ONE if drawn[k * STRETCH + j] < limit else ZERO)
+        sums[j], sums[PADDED + j] = every, some
 
 
 @compiled
@@ -87,23 +98,28 @@ def _thinned(
     matrix: Any, start: Any, keys: Any, limits: Any, block: Any, room: Any, words: Any, sums: Any
 ) -> None:
     matrix, room, words, sums = borrowed(matrix), borrowed(room), borrowed(words), borrowed(sums)
-    models, base = matrix.shape[0] - 1, room[0]
-    lanes, drawn = room[1:].reshape(models, 2, PADDED), words.view(np.int16)
+    models, draws = matrix.shape[0] - 1, words.view(np.int16)
+    lanes = room.reshape(models, 2, PADDED)
     lanes[:] = ZERO
     for number in range(sums.shape[0]):
-        last = min((number + 1) * block, matrix.shape[1])
-        for begin in range(number * block, last, STRETCH):
-            end = min(begin + STRETCH, last)
-            first = (start + begin) // 4
-            odd = start + begin - 4 * first
-            widen(matrix[0, begin:end], base[: end - begin])
+        begin, last = number * block, min((number + 1) * block, matrix.shape[1])
+        while begin < last:
+            four = begin + 4 * STRETCH <= last
+            end = begin + 4 * STRETCH if four else min(begin + STRETCH, last)
+            first, base = (start + begin) // 4, matrix[0, begin:end]
+            drawn = draws[start + begin - 4 * first :][: end - begin]
             for i in range(models):
                 row, into = matrix[i + 1, begin:end], lanes[i].reshape(-1)
                 if limits[i] >= ALL:
-                    _add_magnitudes(row, base, into)
+                    for at in range(0, row.size, STRETCH):
+                        _add_magnitudes(row[at : at + STRETCH], base[at : at + STRETCH], into)
                     continue
-                words_of(keys[i], first, words)
-                _add_drawn(row, base, drawn[odd : odd + row.size], limits[i], into)
+                words_of(keys[i], first, words[: (row.size + 6) // 4])
+                if four:
+                    _add_four_drawn(row, base, drawn, limits[i], into)
+                else:
+                    _add_drawn(row, base, drawn, limits[i], into)
+            begin = end
         for i in range(models):
             if limits[i] >= ALL:
                 lanes[i, 1] = lanes[i, 0]
@@ -122,8 +138,7 @@ def thinned(matrix: Any, start: Any, keys: Any, limits: Any, block: Any, sums: A
         block: elements per block.
         sums: float64 [blocks, 2, models]; as it is for everything, and for what is kept.
     """
-    words = np.empty(STRETCH // 4 + 1, np.uint64)
-    room = rows_of(1 + 2 * (matrix.shape[0] - 1))
+    words, room = np.empty(STRETCH + 1, np.uint64), rows_of(2 * (matrix.shape[0] - 1))
     _thinned(matrix, start, keys, limits, block, room, words, sums)
 
 
