@@ -54,21 +54,18 @@ def merged(
     return out
 
 
-def sums_drawn(
-    matrix: Any, params: Params, place: Place, chances: Chances
-) -> list[tuple[float, ...]]:
+def sums_drawn(matrix: Any, place: Place, drawn: tuple[Any, Any]) -> list[tuple[float, ...]]:
     """Return, of each block, Σ|x| of the deltas, then of what is kept of them.
 
     Args:
         matrix: base and models, as `kernels.matrix` gives them.
-        params: the method's.
         place: where the elements lie.
-        chances: of the sparsifier.
+        drawn: what `Chances` give.
     """
     from moeforge.kernels.drawing import thinned as compiled
 
     sums = sums_for(matrix, 2 * (len(matrix) - 1))
-    compiled(matrix, place.start, *chances(params), BLOCK, sums.reshape(len(sums), 2, -1))
+    compiled(matrix, place.start, *drawn, BLOCK, sums.reshape(len(sums), 2, -1))
     return sums.tolist()  # type: ignore[no-any-return]
 
 

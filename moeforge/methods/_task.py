@@ -257,13 +257,14 @@ def task_method(
             # What is drawn costs more than to hold it; a model that keeps nothing draws nothing.
             fits = min(shares) > 0 and len(shares) * place.numel <= HELD
             holds = fits and (chances is not None or thinned is not None)
+            drawn = chances(params) if chances is not None else None
 
             def look(tensors: Tensor, here: Place) -> tuple[list[tuple[float, ...]], Kept]:
                 matrix = kernels.matrix(tensors)
-                if chances is not None and matrix is not None:
+                if drawn is not None and matrix is not None:
                     from moeforge.methods._compiled import sums_drawn
 
-                    return sums_drawn(matrix, params, here, chances), {}
+                    return sums_drawn(matrix, here, drawn), {}
                 if holds and thinned is not None and matrix is not None:
                     return thinned(matrix, params, here)
                 parts = deltas(tensors)
