@@ -153,13 +153,13 @@ def _compare(
     bins, before, sums = room[0][0], room[0][1], room[2]
     for j in opened:
         bin_, draw = bins[j], np.uint16(drawn[j] ^ _HALF)
-        total, below, fine = sums[0, bin_], sums[1, bin_], sums[2, bin_]
+        fine, total = sums[2, bin_], sums[0, bin_]
         if fine < total and bits[j] == _plain(bits[j], least):
-            high = np.int64(begin[bin_]) + before[j]
-            low = max(high - fine, 0)  # of those before it, fine ones are larger
+            high = np.uint16(begin[bin_] + before[j])
+            low = np.uint16(max(high, fine) - fine)  # of those before it, fine ones are larger
         else:
-            high = np.int64(below) + total - 1
-            low = high - fine + 1
+            high = np.uint16(sums[1, bin_] + total - _ONE)
+            low = np.uint16(high - fine + _ONE)
         kept[j] = np.uint8(draw < bounds[low])
         late[count] = j
         count += np.uint64((draw < bounds[low]) != (draw < bounds[high]))
