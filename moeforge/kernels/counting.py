@@ -216,7 +216,6 @@ def _tallies(matrix: Any, which: Any, limits: Any, spare: Any, room: Any, found:
                 found[i, 3] = collect(here, borders[i, 0], width, rooms[i], np.uint64(found[i, 3]))
 
 
-@compiled
 def tallies(matrix: Any, which: Any, limits: Any, room: Any, found: Any) -> None:
     """Count the magnitudes of differences from the first row around brackets, and collect them.
 

@@ -136,7 +136,6 @@ def _task(
         combine(parts, origin, weights, how, out[begin:end])
 
 
-@compiled
 def task(
     matrix: Any,
     borders: Any,

@@ -126,7 +126,6 @@ def _thinned(
             fold(lanes[i], sums[number, :, i])
 
 
-@compiled
 def thinned(matrix: Any, start: Any, keys: Any, limits: Any, block: Any, sums: Any) -> None:
     """Put Σ|δ| of each model's differences from the base, and of what is drawn, into `sums`.
 

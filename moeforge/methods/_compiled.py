@@ -50,7 +50,7 @@ def merged(
     kept = np.empty((0, 0), np.uint8) if bits is None else bits
     out = result_of(count, place)
     borders = lasts + (1 - place.start)
-    task(matrix, borders, values, kept, place.start, *drawn, *more, kernels.matrix(out))
+    task(*(matrix, borders, values, kept, place.start, *drawn, *more, kernels.matrix(out)))
     return out
 
 
