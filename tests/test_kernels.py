@@ -322,6 +322,18 @@ def test_sums_are_added_up_in_one_order(word):
     assert by_torch == by_kernels
 
 
+def test_sums_of_what_ranks_keep_are_added_up_in_one_order():
+    from moeforge.methods import Place
+
+    inputs, place = torch.stack(models((31, 2051), torch.float32)).flatten(1), Place((31, 2051), 3)
+    params = {**THREE, **DRAWN, "epsilon": (None, 0.1, 0.2, 0.1)}
+    scan = next(methods.load("della").measure(params, place))
+    by_torch, _ = scan.look(inputs.clone(), place)
+    assert kernels.load(["thinning"], narrow=False)
+    by_kernels, _ = scan.look(inputs, place)
+    assert [tuple(sums) for sums in by_torch] == [tuple(sums) for sums in by_kernels]
+
+
 @pytest.mark.parametrize("word", ["dare_ties", "dare_linear"])
 @pytest.mark.parametrize("start", [1, 1027, 2046])
 def test_what_is_drawn_follows_from_the_elements_number(word, start):
