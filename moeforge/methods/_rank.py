@@ -81,6 +81,14 @@ def _narrow(
     return (bounds.astype(np.uint16), whole) if bounds.max() < 2**16 else None
 
 
+@lru_cache(maxsize=64)
+def _keys(key: int, count: int) -> Any:
+    """Return the keys of the draws of `count` deltas, uint64."""
+    import numpy as np
+
+    return np.array([derive(key, index) for index in range(count)], np.uint64)
+
+
 def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
     """Set elements of whole rows to zero, the likelier the smaller they are in their row.
 
@@ -158,7 +166,7 @@ def thinned(matrix: Any, params: Params, place: Place) -> tuple[list[Any], Kept]
     if narrow is not None:
         from moeforge.kernels.thinning import thinned as compiled
 
-        keys = np.array([derive(params["key"], i) for i in range(len(shares))], np.uint64)
+        keys = _keys(params["key"], len(shares))
         sums, bits = np.empty((2, len(keys))), np.empty((len(keys), -(-count // 8)), np.uint8)
         compiled(matrix, place.row, place.start, keys, *narrow, sums, bits)
         return [sums.flatten().tolist()], {(place.start, count): bits}
