@@ -117,9 +117,9 @@ def build(
         hash_inputs: read inputs on this machine whole for the hashes in the lock file.
         group: the processes that make it together, from `ranks.joined`; all of them call this.
         progress: True to see it, in a terminal or a notebook; or what is called with the phase
-            ("routers", "download", "tensors", "teachers", "router training", "held-out text",
-            "routing", "verify"), what is done of it, and all of it; downloads, tensors and checks
-            are counted in bytes.
+            ("routers", "download", "compiling", "tensors", "teachers", "router training",
+            "held-out text", "routing", "verify"), what is done of it, and all of it; downloads,
+            tensors and checks are counted in bytes.
         note: told at once what is worth knowing: before work starts, and of the finished result.
 
     Raises:
@@ -173,7 +173,9 @@ def build(
             sealed = sharing.lead(group, plan, shards, journal, settings, told, remark)
         else:
             came = lambda done, total: seen("download", done, total)  # noqa: E731
-            sealed = engine.run(plan, shards, work, settings, told, journal.kept, journal.add, came)
+            compiling = lambda done, total: seen("compiling", done, total)  # noqa: E731
+            hooks = (told, journal.kept, journal.add, came, compiling)
+            sealed = engine.run(plan, shards, work, settings, *hooks)
         folder.write_json(work / "config.json", plan.config)
         for name, code in plan.code.items():
             (work / name).write_text(code, encoding="utf-8")

@@ -444,3 +444,14 @@ def test_values_that_are_not_finite_stay_so(quick, tmp_path, monkeypatch):
         inputs[2][5, 7] = bad
         with pytest.raises(BuildError, match="y0"):
             built(plan_of("task_arithmetic", params, inputs), tmp_path / str(bad))
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.0, [(0, 1), (1, 1)]), (600.0, [])])
+def test_who_waits_while_it_is_compiled_is_told(seconds, told, monkeypatch):
+    heard = []
+    monkeypatch.setattr(kernels, "_LONG", seconds)
+    monkeypatch.setattr(kernels, "_loaded", False)
+    assert kernels.load(
+        ["sums"], narrow=True, compiling=lambda done, total: heard.append((done, total))
+    )
+    assert heard == told

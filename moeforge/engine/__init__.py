@@ -211,6 +211,7 @@ def run(
     kept: Mapping[str, Sealed] | None = None,
     sealed: Callable[[str, Sealed], None] = lambda name, seal: None,
     came: Callable[[int, int], None] = lambda done, total: None,
+    compiling: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Sealed]:
     """Write the shards of `plan` into `folder`, and see them onto the disk.
 
@@ -223,6 +224,7 @@ def run(
         kept: shards that are finished already and are left alone.
         sealed: told each other shard as soon as it is finished, by some thread.
         came: told, by some thread, of the bytes that have come from the Hub, and of all that will.
+        compiling: told where arithmetic is compiled for the first time; see `kernels.load`.
 
     Returns:
         What is known of every shard, by name.
@@ -257,7 +259,7 @@ def run(
                 fetcher.complete(job)  # before the other, which may wait: used-up files go at once
                 sealer.complete(job)
 
-            _do(plan, jobs, settings, told, begun, complete)
+            _do(plan, jobs, settings, told, begun, complete, compiling)
             total = sum(e.tensor.spec.nbytes for s in wanted for e in s.entries)
             return {**had, **sealer.finish(lambda: told(total))}
 
@@ -287,6 +289,7 @@ def _do(
     progress: Callable[[int], None],
     begun: Callable[[], None],
     complete: Callable[[Any], None],
+    compiling: Callable[[int, int], None],
 ) -> None:
     """Do all `jobs`, by threads or processes.
 
@@ -297,6 +300,7 @@ def _do(
         progress: told the bytes written.
         begun: called when worker processes are forked, or before threads begin.
         complete: told each job that is done.
+        compiling: told where arithmetic is compiled.
     """
     workers, forks = _workers(plan, jobs, settings)
     if are_copies(jobs):
@@ -310,7 +314,8 @@ def _do(
     size = settings.slice_for(plan)
     if names := kernels_of(plan, settings):
         specs = (spec for source in plan.sources.values() for spec in source.specs().values())
-        kernels.load(names, narrow=any(spec.dtype.name == "bfloat16" for spec in specs))
+        narrow = any(spec.dtype.name == "bfloat16" for spec in specs)
+        kernels.load(names, narrow=narrow, compiling=compiling)
 
     places = cycle(settings.devices)
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +25,31 @@ WORTH = {"sums": 2**32, **dict.fromkeys(_SIX, 2**29)}
 """For each file here, elements of all inputs from which on a build gains more than numba takes to
 load."""
 
+_LONG = 1.0
+"""Seconds that loading does not take where everything is compiled."""
 _loaded = False
 
 
-def load(names: Iterable[str], *, narrow: bool) -> bool:
+def load(
+    names: Iterable[str],
+    *,
+    narrow: bool,
+    compiling: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
     """Have the methods use compiled arithmetic from now on, also in processes forked later.
 
     Args:
         names: files of this folder that will be used.
         narrow: matrices will be of bfloat16, not of float32.
+        compiling: told (0, 1) by another thread where it takes long, for then it is done for the
+            first time; and (1, 1) after that.
 
     Returns:
         Whether they do: False where numba is not installed or cannot be used.
     """
     global _loaded
+    timer, began = threading.Timer(_LONG, compiling, (0, 1)), time.monotonic()
+    timer.start()
     try:
         import numpy as np
 
@@ -46,6 +59,11 @@ def load(names: Iterable[str], *, narrow: bool) -> bool:
                 kernel.warm(np.uint16 if narrow else np.float32)
     except Exception:  # numba refuses by many errors: its own, numpy's version, no folder
         return False
+    finally:
+        timer.cancel()
+        timer.join()  # processes are forked after this
+        if time.monotonic() - began > _LONG:
+            compiling(1, 1)
     _loaded = True
     return True
 
