@@ -200,6 +200,18 @@ class Bench:
             if f"{models / f'tune{i}'}" in {*strings(self.recipes)}:
                 make(models / f"tune{i}", self.shape, i + 1, models / "base")
 
+    def reread(self) -> None:
+        """Read all inputs from the disk.
+
+        Pages of the cache that were written piece by piece are read at half the speed of those that
+        came from the disk, or were downloaded.
+        """
+        for path in {path for recipe in self.recipes.values() for path in inputs(recipe)}:
+            with path.open("r+b") as file:
+                os.fsync(file)
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+
     def _recipe(self, name: str) -> Path:
         path = self.folder / "recipe.yml"
         path.write_text(yaml.safe_dump(self.recipes[name], sort_keys=False))
@@ -270,6 +282,7 @@ def main() -> None:
             subprocess.run(["sync"], check=True)
             Path("/proc/sys/vm/drop_caches").write_text("3")
 
+    bench.reread()
     for number in range(given.rounds):
         for name in bench.recipes:
             found = results.setdefault(name, {})
