@@ -164,7 +164,8 @@ def kernels_of(plan: Plan, settings: Settings) -> set[str]:
         read = tensor.spec.numel * sum(isinstance(part, Read) for part in parts)
         for name in {name for method in merges for name in method.kernels}:
             elements[name] += read
-    worth = any(elements[name] >= least for name, least in kernels.WORTH.items())
+    shares = {name: count // settings.workers for name, count in elements.items()}
+    worth = any(shares[name] >= least for name, least in kernels.WORTH.items())
     return {name for name, count in elements.items() if count and worth}
 
 

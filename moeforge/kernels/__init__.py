@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SIX = ("angles", "differences", "drawing", "products", "thinning", "varying")
-WORTH = {"sums": 2**32, **dict.fromkeys(_SIX, 2**29)}
-"""For each file here, elements of all inputs from which on a build gains more than numba takes to
-load."""
+WORTH = {"sums": 2**30, **dict.fromkeys(_SIX, 2**28)}
+"""For each file here, elements of all inputs that each worker has to read for a build to gain more
+than numba takes to load."""
 
 _LONG = 1.0
 """Seconds that loading does not take where everything is compiled."""
