@@ -6,10 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moeforge.kernels.rows import STRETCH, ZERO, add, compiled, store, subtract, wide, widen
-
-_PADDED = STRETCH + 16
-"""Elements of a row of sums: a power of two would have rows share cache lines."""
+from moeforge.kernels.rows import PADDED, STRETCH, ZERO, add, compiled, store, subtract, wide, widen
 
 
 @compiled
@@ -43,17 +40,17 @@ def _add_of_three(base: Any, one: Any, two: Any, three: Any, sums: Any) -> None:
         y = np.float64(np.float32(wide(two[j]) - origin))
         z = np.float64(np.float32(wide(three[j]) - origin))
         sums[j] += x * x
-        sums[_PADDED + j] += x * y
-        sums[2 * _PADDED + j] += x * z
-        sums[3 * _PADDED + j] += y * y
-        sums[4 * _PADDED + j] += y * z
-        sums[5 * _PADDED + j] += z * z
+        sums[PADDED + j] += x * y
+        sums[2 * PADDED + j] += x * z
+        sums[3 * PADDED + j] += y * y
+        sums[4 * PADDED + j] += y * z
+        sums[5 * PADDED + j] += z * z
 
 
 @compiled
 def _products_of_three(matrix: Any, first: Any, last: Any, lanes: Any) -> None:
     """Do as `products` where there are three models, of which there are most often."""
-    sums = _aligned(6 * _PADDED)
+    sums = _aligned(6 * PADDED)
     sums[:] = 0.0
     for start in range(first, last, STRETCH):
         end = min(start + STRETCH, last)
@@ -63,7 +60,7 @@ def _products_of_three(matrix: Any, first: Any, last: Any, lanes: Any) -> None:
     for i in range(3):
         for k in range(i, 3):
             for j in range(STRETCH):
-                lanes[i, k, j] += sums[pair * _PADDED + j]
+                lanes[i, k, j] += sums[pair * PADDED + j]
             pair += 1
 
 
