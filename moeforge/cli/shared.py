@@ -105,37 +105,21 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM: everything that ends well on Ctrl-C does on it."""
 
 
-_asked: list[KeyboardInterrupt] = []
-"""What signals have raised in this block."""
-
-
 @contextmanager
 def _terminable() -> Iterator[None]:
     """Make SIGTERM end the block as Ctrl-C does, where signals can be received."""
 
     def end(number: int, frame: Any) -> None:
-        _asked.append(_Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
-        raise _asked[-1]
+        raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked.clear()
-    heard = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is to be ignored
-        heard.append(signal.SIGINT)
-    before = {number: signal.signal(number, end) for number in heard}
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _heed() -> None:
-    """Raise once more what a signal has raised: while they are imported, libraries swallow it."""
-    if _asked and threading.current_thread() is threading.main_thread():
-        raise _asked[0]
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -192,7 +176,7 @@ def _print_notes(error: BaseException) -> None:
 def showing_progress(*, shown: bool) -> Iterator[Progress]:
     """Give a callback that draws one bar per phase; none where nobody looks."""
     if not shown:
-        yield lambda phase, done, total: _heed()
+        yield lambda phase, done, total: None
         return
     from rich import progress as bars
     from rich.console import Console
@@ -208,7 +192,6 @@ def showing_progress(*, shown: bool) -> Iterator[Progress]:
         tasks: dict[str, bars.TaskID] = {}
 
         def show(phase: str, done: int, total: int) -> None:
-            _heed()
             if phase not in tasks:
                 tasks[phase] = display.add_task(phase, total=max(total, 1), amount="")
             amount = f"{done}/{total}"
