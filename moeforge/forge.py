@@ -174,8 +174,17 @@ def build(
         else:
             came = lambda done, total: seen("download", done, total)  # noqa: E731
             compiling = lambda done, total: seen("compiling", done, total)  # noqa: E731
-            hooks = (told, journal.kept, journal.add, came, compiling)
-            sealed = engine.run(plan, shards, work, settings, *hooks)
+            sealed = engine.run(
+                plan,
+                shards,
+                work,
+                settings,
+                told,
+                kept=journal.kept,
+                sealed=journal.add,
+                came=came,
+                compiling=compiling,
+            )
         folder.write_json(work / "config.json", plan.config)
         for name, code in plan.code.items():
             (work / name).write_text(code, encoding="utf-8")

@@ -6,7 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from moeforge.kernels.rows import PADDED, STRETCH, ZERO, add, compiled, store, subtract, wide, widen
+from moeforge.kernels.rows import (
+    PADDED,
+    STRETCH,
+    ZERO,
+    add,
+    compiled,
+    rows_of,
+    store,
+    subtract,
+    wide,
+    widen,
+)
 
 
 @compiled
@@ -21,14 +32,6 @@ def _difference(values: Any, base: Any, room: Any, out: Any) -> None:
     widen(values, room)
     for j in range(out.size):
         out[j] = np.float64(room[j] - base[j])
-
-
-@compiled
-def _aligned(count: Any) -> Any:
-    """Return memory for float64 that begins with a line of the cache, or vectors would span two."""
-    room = np.empty(count + 8)
-    skip = -(room.ctypes.data // 8) % 8
-    return room[skip : skip + count]
 
 
 @compiled
@@ -50,7 +53,8 @@ def _add_of_three(base: Any, one: Any, two: Any, three: Any, sums: Any) -> None:
 @compiled
 def _products_of_three(matrix: Any, first: Any, last: Any, lanes: Any) -> None:
     """Do as `products` where there are three models, of which there are most often."""
-    sums = _aligned(6 * PADDED)
+    # Float64 from the start of a cache line on, or vectors would span two.
+    sums = rows_of(12).reshape(-1).view(np.float64)
     sums[:] = 0.0
     for start in range(first, last, STRETCH):
         end = min(start + STRETCH, last)

@@ -8,6 +8,7 @@ of 16 bits each, so probabilities are rounded to multiples of 2⁻¹⁶.
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
@@ -75,8 +76,16 @@ def chances(params: Params) -> tuple[Any, Any]:
     import numpy as np
 
     shares = densities(params)
-    keys = [derive(params["key"], index) for index in range(len(shares))]
-    return np.array(keys, np.uint64), np.array([_limit(share) for share in shares], np.int32)
+    limits = np.array([_limit(share) for share in shares], np.int32)
+    return keys_of(params["key"], len(shares)), limits
+
+
+@lru_cache(maxsize=64)
+def keys_of(key: int, count: int) -> Any:
+    """Return the keys of the draws of `count` deltas, a numpy array of uint64."""
+    import numpy as np
+
+    return np.array([derive(key, index) for index in range(count)], np.uint64)
 
 
 def _limit(share: float) -> int:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeforge import kernels
 from moeforge.methods import Params, Place
-from moeforge.methods._random import derive, draws
-from moeforge.methods._sums import blocks, joined, lane_sums
+from moeforge.methods._random import derive, draws, keys_of
 from moeforge.methods._task import Kept, densities, keep
 
 if TYPE_CHECKING:
@@ -81,14 +80,6 @@ def _narrow(
     return (bounds.astype(np.uint16), whole) if bounds.max() < 2**16 else None
 
 
-@lru_cache(maxsize=64)
-def _keys(key: int, count: int) -> Any:
-    """Return the keys of the draws of `count` deltas, uint64."""
-    import numpy as np
-
-    return np.array([derive(key, index) for index in range(count)], np.uint64)
-
-
 def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
     """Set elements of whole rows to zero, the likelier the smaller they are in their row.
 
@@ -150,8 +141,10 @@ def large(index: int, magnitudes: Tensor, params: Params, place: Place) -> Any:
     return kept
 
 
-def thinned(matrix: Any, params: Params, place: Place) -> tuple[list[Any], Kept]:
+def thinned(matrix: Any, params: Params, place: Place) -> tuple[list[Any], Kept] | None:
     """Return, of each block, Σ|x| of the deltas, then of what is kept of them; and what that is.
+
+    None where kernels do not choose among rows of this length, or by these chances.
 
     Args:
         matrix: base and models, as `kernels.matrix` gives them; whole rows.
@@ -159,27 +152,15 @@ def thinned(matrix: Any, params: Params, place: Place) -> tuple[list[Any], Kept]
         place: where the elements lie.
     """
     import numpy as np
-    import torch
 
     shares, count = densities(params), matrix.shape[1]
     narrow = _narrow(shares, tuple(params["epsilon"][1:]), place.row)
-    if narrow is not None:
-        from moeforge.kernels.thinning import thinned as compiled
+    if narrow is None:
+        return None
+    from moeforge.kernels.thinning import thinned as compiled
 
-        keys = _keys(params["key"], len(shares))
-        sums, bits = np.empty((2, len(keys))), np.empty((len(keys), -(-count // 8)), np.uint8)
-        compiled(matrix, place.row, place.start, keys, *narrow, sums, bits)
-        return [sums.flatten().tolist()], {(place.start, count): bits}
-    from moeforge.kernels.counting import magnitudes
-
-    parts = torch.empty(len(shares), count)
-    magnitudes(matrix, np.arange(1, len(matrix)), parts.numpy())
-    whole = [joined(lane_sums(block)) for block in blocks(parts)]
-    kept = np.ones(parts.shape, np.uint8)
-    for i, share in enumerate(shares):
-        if share < 1:
-            kept[i] = large(i, parts[i], params, place)
-            keep(parts[i], kept[i])
-    left = [joined(lane_sums(block)) for block in blocks(parts)]
-    lines = [(*a, *b) for a, b in zip(whole, left, strict=True)]
-    return lines, {(place.start, count): np.packbits(kept, axis=1)}
+    sums = np.empty((2, len(shares)))
+    bits = np.empty((len(shares), -(-count // 8)), np.uint8)
+    drawn = keys_of(params["key"], len(shares))
+    compiled(matrix, place.row, place.start, drawn, *narrow, sums, bits)
+    return [sums.flatten().tolist()], {(place.start, count): bits}

@@ -42,9 +42,10 @@ Bounds = Callable[[int, Any, Place], "tuple[Cut | None, Cut | None]"]
 elements become zero, and that above which they do; None for no such cut."""
 Kept = dict[tuple[int, int], Any]
 """Which elements are kept: bits [models, elements / 8], by start and length of the slice."""
-Thinned = Callable[[Any, Params, Place], tuple[list[Any], Kept]]
+Thinned = Callable[[Any, Params, Place], "tuple[list[Any], Kept] | None"]
 """(base and models as kernels take them, params with densities above zero, place): for each block
-Σ|x| of the deltas, then of what `Sparsify` keeps of them; and what that is."""
+Σ|x| of the deltas, then of what `Sparsify` keeps of them; and what that is. None where kernels
+cannot find it."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,9 @@ def task_method(
 
                     return sums_drawn(matrix, here, drawn), {}
                 if holds and thinned is not None and matrix is not None:
-                    return thinned(matrix, params, here)
+                    result = thinned(matrix, params, here)
+                    if result is not None:
+                        return result
                 parts = deltas(tensors)
                 whole = absolute(parts)
                 kept = absolute(sparsified(parts, params, found, here))
