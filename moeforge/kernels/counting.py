@@ -181,6 +181,38 @@ def magnitudes(matrix: Any, which: Any, out: Any) -> None:
 
 
 @compiled
+def where(matrix: Any, which: Any, value: Any) -> Any:
+    """Return the numbers of elements whose difference from the first row has a magnitude.
+
+    Args:
+        matrix: base and models.
+        which: row of the model.
+        value: float32, the magnitude.
+
+    Returns:
+        int64, ascending.
+    """
+    room, found, count = rows_of(2), np.empty(16, np.int64), 0
+    for start in range(0, matrix.shape[1], STRETCH):
+        end = min(start + STRETCH, matrix.shape[1])
+        base, row = room[0, : end - start], room[1, : end - start]
+        widen(matrix[0, start:end], base)
+        _absolute_difference(matrix[which, start:end], base, row)
+        here = equal(row, value)
+        if here == 0:
+            continue
+        if count + here > found.size:
+            more = np.empty(2 * (count + here), np.int64)
+            more[:count] = found[:count]
+            found = more
+        for j in range(row.size):
+            if row[j] == value:
+                found[count] = start + j
+                count += 1
+    return found[:count].copy()
+
+
+@compiled
 def _count(values: Any, stop: Any, low: Any, high: Any) -> Any:
     reached, lows, highs = np.int32(0), np.int32(0), np.int32(0)
     for j in range(values.size):
@@ -241,3 +273,4 @@ def warm(kind: Any) -> None:
     ranked(out[0], 1)
     equal(out[0], ZERO)
     tallies(matrix, which, np.ones((1, 4), np.float32), out, np.zeros((1, 4), np.int64))
+    where(matrix, 1, ZERO)

@@ -46,7 +46,7 @@ def gram(vectors: Tensor) -> list[Tensor]:
 
 
 def tally(values: Tensor, quantities: Sequence[int], limits: Any) -> tuple[list[Any], list[Any]]:
-    """Count and collect magnitudes for several thresholds: what `_select.Tally` gives.
+    """Count and collect magnitudes for several thresholds: what `_select.Compiled.tally` gives.
 
     Args:
         values: magnitudes, [all quantities, elements].

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moeforge import kernels
 from moeforge.methods import Measurement, Params, Place
 from moeforge.methods._cut import Cut
-from moeforge.methods._select import cuts
+from moeforge.methods._select import Compiled, cuts
 from moeforge.methods._task import deltas, densities
 
 if TYPE_CHECKING:
@@ -65,8 +65,17 @@ def find_cuts(
         _rooms.append(room)
         return [tuple(line[:3]) for line in lines], inside
 
+    def where(tensors: Tensor, quantity: int, value: float) -> Any:
+        if (matrix := kernels.matrix(tensors)) is None:
+            return None
+        import numpy as np
+
+        from moeforge.kernels.counting import where as compiled
+
+        return compiled(matrix, sparse[quantity] + 1, np.float32(value))
+
     counts = [wanted(i, place.numel) for i in sparse]
-    found = yield from cuts(magnitudes, counts, place, tally)
+    found = yield from cuts(magnitudes, counts, place, Compiled(tally, where))
     return dict(zip(sparse, found, strict=True))
 
 

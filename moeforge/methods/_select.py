@@ -12,7 +12,7 @@ counted together, and one more pass tells them apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moeforge.methods import CHUNK, Look, Measurement, Place, Scan
 from moeforge.methods._counted import Counted, limit
@@ -30,12 +30,21 @@ Magnitudes = Callable[["Tensor", Place], "Tensor"]
 """Gives the quantities of a slice to select from: [quantities, elements] in float32 or float64, not
 negative."""
 
-Tally = Callable[["Tensor", Sequence[int], Any], Any]
-"""Compiled counting: (tensors, quantities, limits), where there is an open threshold for each of
-`quantities` and for each of these one line of `limits`, the first four of `Limits` in float32.
-Returns, for each, how many elements are `stop` or more, and how many are `low` and `high`, where
-these are not NaN; and an array of those from `first` on and below `stop`. Or None, where tensors
-are not for compiled arithmetic."""
+
+class Compiled(NamedTuple):
+    """How quantities are looked at without putting them into memory; None for other tensors.
+
+    Attributes:
+        tally: (tensors, quantities, limits), where there is an open threshold for each of
+            `quantities` and for each of these one line of `limits`, the first four of `Limits` in
+            float32. Returns, for each, how many elements are `stop` or more, and how many are `low`
+            and `high`, where these are not NaN; and an array of those from `first` on and below
+            `stop`.
+        where: (tensors, quantity, value) -> numbers of the elements equal to a value, ascending.
+    """
+
+    tally: Callable[[Tensor, Sequence[int], Any], Any]
+    where: Callable[[Tensor, int, float], Any]
 
 
 def _concatenate(pieces: Sequence[Any]) -> Any:
@@ -48,7 +57,7 @@ def cuts(
     magnitudes: Magnitudes,
     wanted: Sequence[Sequence[int]],
     place: Place,
-    tally: Tally | None = None,
+    compiled: Compiled | None = None,
 ) -> Measurement:
     """Return, for each quantity and each count k wanted of it, the Cut that keeps its k largest.
 
@@ -56,14 +65,14 @@ def cuts(
         magnitudes: the quantities.
         wanted: counts for each quantity.
         place: shape of the whole tensor.
-        tally: counts compiled, where it can.
+        compiled: looks at them compiled, where it can.
 
     Raises:
         ValueError: a quantity has NaN or infinite values where it counts.
     """
     targets = [Target(i, place.numel, k) for i, counts in enumerate(wanted) for k in counts]
     yield from begin(targets, magnitudes, place)
-    yield from finish(targets, magnitudes, place, tally)
+    yield from finish(targets, magnitudes, place, compiled)
     return [[t.cut for t in targets if t.quantity == i] for i in range(len(wanted))]
 
 
@@ -80,16 +89,19 @@ def begin(targets: Sequence[Target], magnitudes: Magnitudes, place: Place) -> Me
 
 
 def finish(
-    targets: Sequence[Target], magnitudes: Magnitudes, place: Place, tally: Tally | None = None
+    targets: Sequence[Target],
+    magnitudes: Magnitudes,
+    place: Place,
+    compiled: Compiled | None = None,
 ) -> Measurement:
     """Find the cuts that are still open, from their brackets, and the positions of all."""
     while _missing(targets):
-        look, join = counting(targets, magnitudes, tally), limit(held(place))
+        look, join = counting(targets, magnitudes, compiled), limit(held(place))
         for target, found in (yield from _scan(targets, look, join)):
             target.settle([piece for pieces in found for piece in pieces])
     borders = tuple(sorted({target.border for target in targets if target.border}))
     if borders:
-        look = _by_values("positions", targets, magnitudes)
+        look = _locating(targets, magnitudes, compiled)
         for target, found in (yield from _scan(targets, look, _concatenate, borders)):
             target.locate(dict(zip(borders, found, strict=True)))
 
@@ -100,7 +112,7 @@ def held(place: Place) -> int:
 
 
 def counting(
-    targets: Sequence[Target], magnitudes: Magnitudes, tally: Tally | None = None
+    targets: Sequence[Target], magnitudes: Magnitudes, compiled: Compiled | None = None
 ) -> Callable[[Tensor, Place], list[Counted]]:
     """Return what counts and collects in one pass: of a slice, a Counted for each target."""
     import numpy as np
@@ -117,8 +129,8 @@ def counting(
             from moeforge.methods._gpu import tally as tally_there
 
             counts = tally_there(magnitudes(tensors, here), quantities, lines)
-        elif tally is not None:
-            counts = tally(tensors, quantities, lines)
+        elif compiled is not None:
+            counts = compiled.tally(tensors, quantities, lines)
         if counts is None:
             return by_values(tensors, here)  # type: ignore[no-any-return]
         start, size, found = here.start, tensors.shape[1], zip(limits, *counts, strict=True)
@@ -138,10 +150,33 @@ def _by_values(name: str, targets: Sequence[Target], magnitudes: Magnitudes) -> 
     """Return what calls method `name` of every target with the magnitudes of a slice."""
 
     def look(tensors: Tensor, here: Place) -> list[Any]:
-        arrays: Any = magnitudes(tensors, here)
-        if name != "positions" or arrays.device.type != "cuda":
-            arrays = arrays.cpu().numpy()
+        arrays = magnitudes(tensors, here).cpu().numpy()
         return [getattr(t, name)(arrays[t.quantity], here.start) for t in targets]
+
+    return look
+
+
+def _locating(targets: Sequence[Target], magnitudes: Magnitudes, compiled: Compiled | None) -> Look:
+    """Return what looks for elements equal to cuts, where the last that belongs is among them."""
+    import numpy as np
+
+    def look(tensors: Tensor, here: Place) -> list[Any]:
+        values: Any = None
+
+        def where(quantity: int, value: float) -> Any:
+            nonlocal values
+            found = compiled.where(tensors, quantity, value) if compiled is not None else None
+            if found is not None:
+                return found
+            if values is None:
+                values = magnitudes(tensors, here)
+            if values.device.type == "cuda":
+                from moeforge.methods._gpu import equal
+
+                return equal(values[quantity], value)
+            return np.flatnonzero(values[quantity].numpy() == value)
+
+        return [target.positions(where, here.start) for target in targets]
 
     return look
 

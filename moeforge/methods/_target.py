@@ -139,7 +139,7 @@ class Target:
         return Limits(first, ends[1] if self._many[1] else inner[1], ends[0], ends[1], spare)
 
     def asked(self, limits: Limits) -> Any:
-        """Return a line for `Tally`."""
+        """Return a line for `Compiled.tally`."""
         import numpy as np
 
         line = np.array(limits[:4], np.float32)
@@ -162,7 +162,7 @@ class Target:
     def counted(
         self, start: int, size: int, limits: Limits, found: tuple[int, int, int], inside: Any
     ) -> Counted:
-        """Return what `Tally` found, put together."""
+        """Return what `Compiled.tally` found, put together."""
         reached, low, high = found
         # Of many elements equal to an end none were collected.
         low = low if self._many[0] and limits.low != limits.high else 0
@@ -246,18 +246,19 @@ class Target:
                 return
             left -= here
 
-    def positions(self, values: Any, start: int) -> Any:
-        """Return the numbers of the elements equal to the cut's value, in the chunk of its last."""
+    def positions(self, where: Callable[[int, float], Any], start: int) -> Any:
+        """Return the numbers of the elements equal to the cut's value, in the chunk of its last.
+
+        Args:
+            where: (quantity, value) -> numbers of such elements, counted from the slice's first.
+            start: number of that.
+        """
         import numpy as np
 
         first, size = self.border or (0, 0)
         if self.cut is None or not first <= start < first + size:
             return np.zeros(0, np.int64)
-        if not isinstance(values, np.ndarray):
-            from moeforge.methods._gpu import equal
-
-            return equal(values, self.cut.value) + start
-        return np.flatnonzero(values == self.cut.value) + start
+        return where(self.quantity, self.cut.value) + start
 
     def locate(self, found: dict[tuple[int, int], Any]) -> None:
         """Set the cut's position from the numbers of the elements equal to it, by chunk."""
