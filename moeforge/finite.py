@@ -20,7 +20,7 @@ class _Bits(NamedTuple):
     infinity: int
 
 
-_AT_A_TIME = 2**17
+_AT_A_TIME = 2**18
 """Values looked at together: few enough that they stay in the cache."""
 
 _FLOATS = {

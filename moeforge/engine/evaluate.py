@@ -6,9 +6,9 @@ float32 arithmetic (float64 where an input or the result is float64), one roundi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from moeforge import kernels, methods
 from moeforge.engine import noise, reshape, rows
 from moeforge.engine.buffers import Buffer, torch_dtype
 from moeforge.engine.reading import Reader, gather
-from moeforge.methods import BLOCK, CHUNK, PADDING, Place, Scan
+from moeforge.methods import BLOCK, CHUNK, PADDING, Method, Place, Scan
 from moeforge.plans import (
     Affine,
     Columns,
@@ -71,6 +71,26 @@ def needs_rows(expr: Expr) -> bool:
     )
 
 
+class _Merging(NamedTuple):
+    """What does not change from slice to slice of a merge.
+
+    Attributes:
+        method: its method.
+        params: the method's.
+        shape: of the tensor.
+        by_rows: whether slices are made of whole rows.
+        working: dtype of the arithmetic.
+        as_stored: whether the method takes its inputs in bfloat16, in which all of them are stored.
+    """
+
+    method: Method
+    params: dict[str, Any]
+    shape: tuple[int, ...]
+    by_rows: bool
+    working: torch.dtype
+    as_stored: bool
+
+
 class Evaluator:
     """One worker's buffers and the plan it reads from.
 
@@ -93,28 +113,29 @@ class Evaluator:
         self._pool: list[Buffer] = []
         self._used = 0
         self._reader = Reader(plan, pinned=self._stream is not None, settle=self.settle)
-        self._as_stored: dict[int, bool] = {}
+        self._merging: dict[int, _Merging] = {}
         self.bands: dict[tuple[int, torch.dtype], reshape.Band] = {}
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
-        """Have torch compute without autograd, on a GPU in this worker's stream.
+        """Have torch compute a chunk without autograd, on a GPU in this worker's stream.
 
-        At the end all of it is done: what is handed on can be used by any worker.
+        At the end all of it is done: what is handed on can be used by any worker. Files that it was
+        read from are closed.
         """
-        with torch.inference_mode():
-            if self._stream is None:
-                yield
-                return
-            with torch.cuda.stream(self._stream):
+        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        try:
+            with torch.inference_mode(), stream:
                 yield
                 self.settle()
+        finally:
+            self._reader.close()
 
     def settle(self) -> None:
         """Wait until a GPU has done what it was asked for by this worker."""
         if self._stream is not None:
             self._stream.synchronize()
-        self._reader.settled()
+            self._reader.settled()
 
     def release(self) -> None:
         """Take back all memory that was in use when something failed."""
@@ -152,7 +173,7 @@ class Evaluator:
         moves = any(isinstance(part, _MOVES) for part in parts)
         reads = (part for part in parts if isinstance(part, Read))
         self._reader.begin(reads, None if moves else end)
-        self._as_stored.clear()
+        self._merging.clear()
         wanted = {id(part) for part in parts}
         self.bands = {key: band for key, band in self.bands.items() if key[0] in wanted}
 
@@ -174,18 +195,19 @@ class Evaluator:
         The bytes are valid until the next slice.
         """
         self.begin(expr, start + count)
-        size = dtype.itemsize
-        for begin, length in self.slices(expr, start, count):
-            if self._output.size < length * size:
-                self._output = Buffer(length * size, pinned=self._stream is not None)
-            data = self._output.view(length * size)
-            if self._stored(expr) == dtype:
-                self._raw(expr, begin, data)
-            else:
-                target = self._output.tensor(torch_dtype(dtype), length)
-                with self._arithmetic():
+        size, is_stored = dtype.itemsize, self._stored(expr) == dtype
+        with self._arithmetic():
+            for begin, length in self.slices(expr, start, count):
+                if self._output.size < length * size:
+                    self._output = Buffer(length * size, pinned=self._stream is not None)
+                data = self._output.view(length * size)
+                if is_stored:
+                    self._raw(expr, begin, data)
+                else:
+                    target = self._output.tensor(torch_dtype(dtype), length)
                     self._fill_output(expr, torch_dtype(working), whole, begin, target)
-            yield begin, data
+                    self.settle()
+                yield begin, data
 
     def _fill_output(
         self, expr: Expr, working: torch.dtype, whole: Whole, start: int, out: Tensor
@@ -235,12 +257,12 @@ class Evaluator:
     ) -> Any:
         """Return what `scan` finds in chunk [start, start + count) of the inputs of `node`."""
         self.begin(node, start + count)
-        shape, found = self.plan.shape(node), []
+        merging, found = self._known(node, torch_dtype(working)), []
         with self._arithmetic():
             for begin, length in self.slices(node, start, count):
                 mark = self._used
-                tensors = self._inputs(node, torch_dtype(working), whole, begin, length)
-                found.append(scan.look(tensors, Place(shape, begin)))
+                tensors = self._inputs(node, merging, whole, begin, length)
+                found.append(scan.look(tensors, Place(merging.shape, begin)))
                 self._used = mark
             return scan.join(found)
 
@@ -252,7 +274,7 @@ class Evaluator:
         One look at many short runs: their elements lie one after the other, at no place.
         """
         count, kind = sum(length for _, length in runs), torch_dtype(working)
-        if self._taken_as_stored(node, kind):
+        if self._known(node, kind).as_stored:
             kind = torch.bfloat16
         tensors, mark = torch.empty(len(node.inputs), count, dtype=kind), self._used
         for row, expr in zip(tensors, node.inputs, strict=True):
@@ -284,18 +306,16 @@ class Evaluator:
         return self._pool[self._used - 1]
 
     def _inputs(
-        self, node: Merge, working: torch.dtype, whole: Whole, start: int, count: int
+        self, node: Merge, merging: _Merging, whole: Whole, start: int, count: int
     ) -> Tensor:
         """Return elements [start, start + count) of each input of `node`, [inputs, count]."""
-        exprs = node.inputs
-        if id(node) not in self._as_stored:
-            self._as_stored[id(node)] = self._taken_as_stored(node, working)
-        if self._as_stored[id(node)]:
+        exprs, working = node.inputs, merging.working
+        if merging.as_stored:
             buffer = self._room(len(exprs) * count * 2)
             for i, expr in enumerate(exprs):
                 assert isinstance(expr, Read)
                 data = buffer.view(count * 2, i * count * 2)
-                self.plan.sources[expr.source].read(expr.name, start * 2, data)
+                self._reader.straight(expr, start * 2, data)
             return buffer.tensor(torch.bfloat16, len(exprs) * count).view(len(exprs), count)
         # Rows a power of two apart would share the same few lines of the cache; kernels, which
         # want them one after the other, look at little of each at a time.
@@ -305,14 +325,20 @@ class Evaluator:
             self.fill(expr, working, whole, start, row)
         return tensors
 
-    def _taken_as_stored(self, node: Merge, working: torch.dtype) -> bool:
-        """Say whether the method takes its inputs in bfloat16, which all of them are stored in."""
-        if not kernels.loaded() or self.device.type != "cpu" or working != torch.float32:
-            return False
-        if not methods.load(node.method).kernels:
-            return False
+    def _known(self, node: Merge, working: torch.dtype) -> _Merging:
+        """Return what does not change until `begin` is called."""
+        if (found := self._merging.get(id(node))) is not None:
+            return found
+        method, params = methods.load(node.method), dict(node.params)
+        compiled = kernels.loaded() and self.device.type == "cpu" and working == torch.float32
         stored = BY_NAME["bfloat16"]
-        return all(isinstance(e, Read) and self._stored(e) == stored for e in node.inputs)
+        are_stored = all(isinstance(e, Read) and self._stored(e) == stored for e in node.inputs)
+        found = _Merging(
+            *(method, params, self.plan.shape(node), method.rows(params), working),
+            as_stored=compiled and bool(method.kernels) and are_stored,
+        )
+        self._merging[id(node)] = found
+        return found
 
     def fill(self, expr: Expr, working: torch.dtype, whole: Whole, start: int, out: Tensor) -> None:
         """Put elements of `expr` from `start` on into `out`, computed in dtype `working`."""
@@ -351,14 +377,15 @@ class Evaluator:
     def _merge(
         self, node: Merge, working: torch.dtype, whole: Whole, start: int, out: Tensor
     ) -> None:
-        method, place = methods.load(node.method), Place(self.plan.shape(node), start, out)
+        merging = self._known(node, working)
+        method, params, place = merging.method, merging.params, Place(merging.shape, start, out)
         lead, count = 0, out.numel()
-        if method.rows(dict(node.params)):  # some of a vector's elements may be wanted: its rows
+        if merging.by_rows:  # some of a vector's elements may be wanted: its rows
             lead = start % place.row
             count = -(-(lead + count) // place.row) * place.row
             place = Place(place.shape, start - lead)
-        tensors = self._inputs(node, working, whole, place.start, count)
-        merged = method.merge(tensors, dict(node.params), whole.stats.get(id(node)), place)
+        tensors = self._inputs(node, merging, whole, place.start, count)
+        merged = method.merge(tensors, params, whole.stats.get(id(node)), place)
         if merged is not out:
             out.copy_(merged[lead : lead + out.numel()])
 

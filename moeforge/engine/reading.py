@@ -70,6 +70,10 @@ class Reader:
         self._windows: dict[Key, _Window] = {}
         self._free: list[_Window] = []
         self._end: dict[Key, int] = {}
+        self._files: dict[Key, tuple[int, int] | None] = {}
+
+    def __del__(self) -> None:
+        self.close()
 
     def begin(self, reads: Iterable[Read], end: int | None) -> None:
         """Forget what was read so far.
@@ -109,6 +113,31 @@ class Reader:
             window.start, window.end = start, start + ahead
         first = (start - window.start) * size
         return window.buffer.tensor(torch_dtype(spec.dtype), count, first)
+
+    def straight(self, node: Read, first: int, out: memoryview) -> None:
+        """Fill `out` with bytes of a tensor from byte `first` on, past windows.
+
+        From the file itself where there is one, which stays open until `close`: slice after slice
+        is read, and the way through the sources takes longer than a call of the system.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        key = (node.source, node.name)
+        if key not in self._files:
+            span = lies(self._plan.sources[node.source], node.name)
+            opened = None if span is None else (open_file(span.path, os.O_RDONLY), span.offset)
+            self._files[key] = opened
+        file = self._files[key]
+        if file is None or read_at(file[0], out, file[1] + first) < len(out):
+            self._plan.sources[node.source].read(node.name, first, out)
+
+    def close(self) -> None:
+        """Close files that were read from: they may be deleted when a job is done."""
+        for file in self._files.values():
+            if file is not None:
+                os.close(file[0])
+        self._files.clear()
 
     def lend(self, node: Read) -> None:
         """Take note that a GPU copies what was read of `node`."""
