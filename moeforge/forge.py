@@ -169,11 +169,11 @@ def build(
             fits = routers.fits
         total = plan.nbytes
         told = lambda done: seen("tensors", done, total)  # noqa: E731
+        compiling = lambda done, total: seen("compiling", done, total)  # noqa: E731
         if group:
-            sealed = sharing.lead(group, plan, shards, journal, settings, told, remark)
+            sealed = sharing.lead(group, plan, shards, journal, settings, told, compiling, remark)
         else:
             came = lambda done, total: seen("download", done, total)  # noqa: E731
-            compiling = lambda done, total: seen("compiling", done, total)  # noqa: E731
             sealed = engine.run(
                 plan,
                 shards,

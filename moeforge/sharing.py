@@ -67,6 +67,7 @@ def lead(
     journal: Journal,
     settings: Settings,
     progress: Callable[[int], None],
+    compiling: Callable[[int, int], None],
     note: Callable[[Finding], None],
 ) -> dict[str, Sealed]:
     """Write the shards of `plan` together with the other ranks; of rank 0.
@@ -78,6 +79,7 @@ def lead(
         journal: of the build; the others get its router weights from there.
         settings: how this rank works.
         progress: called with the bytes that all ranks have written.
+        compiling: told where arithmetic is compiled for the first time, which all ranks do then.
         note: told where there is nothing to do for some.
 
     Returns:
@@ -111,7 +113,12 @@ def lead(
 
     group.listen("sealed", heard)
     group.tell(go=[str(journal.root), token, [shard.name for shard in left]])
-    own = engine.run(plan, tuple(mine), journal.folder, settings, told, journal.kept, journal.add)
+    own = engine.run(
+        *(plan, tuple(mine), journal.folder, settings, told),
+        kept=journal.kept,
+        sealed=journal.add,
+        compiling=compiling,
+    )
     group.wait("finished", waited)
     return {**own, **theirs}
 

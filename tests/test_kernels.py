@@ -139,36 +139,21 @@ def test_ranks_found_by_tables_are_those_of_sorting(kind, row):
     assert (large(*arguments) == sorted_).all()
 
 
-@pytest.mark.parametrize("listing", ["_lanes", "_each"])
-def test_elements_are_listed_in_order(listing):
-    from numba import njit
+@pytest.mark.parametrize("size", [20, 64, 77])  # vectors of 32, what is left over, and both
+def test_elements_are_listed_in_order(size):
+    from moeforge.kernels.listing import marked, sift
 
-    from moeforge.kernels import listing as module
-
-    if listing == "_lanes" and not module._LANED:
-        pytest.skip("this LLVM has no operation for it")
-    mark, sift = getattr(module, f"_mark{listing}"), getattr(module, f"_sift{listing}")
     random = np.random.default_rng(0)
-    drawn = random.integers(-(2**15), 2**15, 64).astype(np.int16)
-    bins = random.integers(2**11, size=64).astype(np.uint16)
+    drawn = random.integers(-(2**15), 2**15, size).astype(np.int16)
+    bins = random.integers(2**11, size=size).astype(np.uint16)
     bins[3::5] = 0
     lows, highs = np.sort(random.integers(2**16, size=(2, 32)), axis=0).astype(np.uint16)
     drawn[::7] = lows[bins[::7] % 32].astype(int) - 2**15
     drawn[3::7] = highs[bins[3::7] % 32].astype(int) - 2**15
-    kept, found = np.zeros(64, np.uint8), np.zeros((2, 64 + 32), np.uint16)
-
-    @njit
-    def both(drawn, bins, lows, highs, kept, found):
-        first = second = np.uint64(0)
-        for j in range(0, 64, 32):
-            number = np.uint16(500 + j)
-            first = mark(bins, j, number, found[0], first)
-            second = sift(drawn, bins, j, number, lows, highs, kept, found[1], second)
-        return first, second
-
-    ends = both(drawn, bins, lows, highs, kept, found)
+    kept, found = np.zeros(size, np.uint8), np.zeros((2, size + 32), np.uint16)
+    ends = marked(bins, found[0]), sift(drawn, bins, 500, lows, highs, kept, found[1])
     draws, columns = drawn.astype(int) + 2**15, bins % 32
-    assert np.array_equal(found[0, : int(ends[0])], 500 + np.flatnonzero(bins))
+    assert np.array_equal(found[0, : int(ends[0])], np.flatnonzero(bins))
     assert np.array_equal(kept, draws < lows[columns])
     left = (draws >= lows[columns]) & (draws < highs[columns])
     assert np.array_equal(found[1, : int(ends[1])], 500 + np.flatnonzero(left))
@@ -231,30 +216,28 @@ def test_bfloat16_is_rounded_as_torch_does():
     assert torch.equal(bits(out)[~out.isnan()], bits(expected)[~out.isnan()])
 
 
-@pytest.mark.parametrize("squeeze", ["_squeeze_lanes", "_squeeze_each"])
-def test_what_lies_in_a_range_is_collected_in_order(squeeze):
-    from numba import njit
+@pytest.mark.parametrize("size", [13, 64, 77])  # less than a vector of 16, whole ones, and both
+def test_what_lies_in_a_range_is_collected_in_order(size):
+    from moeforge.kernels.counting import ROOM, collect
 
-    from moeforge.kernels import counting
-
-    if squeeze == "_squeeze_lanes" and counting._squeeze is counting._squeeze_each:
-        pytest.skip("this LLVM has no operation for it")
-    append = getattr(counting, squeeze)
-    values = np.abs(np.random.default_rng(0).standard_normal(4 * counting.LANES, np.float32))
-    values[5], values[40] = 0.3, 0.9
+    values = np.abs(np.random.default_rng(0).standard_normal(size, np.float32))
+    values[5], values[-3] = 0.3, 0.9
     first, stop = np.array([0.3, 0.9], np.float32).view(np.uint32)
-    out = np.zeros(values.size + counting.ROOM, np.uint32)
-
-    @njit
-    def collect(codes, first, width, out):
-        count = np.uint64(0)
-        for j in range(0, codes.size, 16):
-            count = append(codes, j, first, width, out, count)
-        return count
-
-    count = collect(values.view(np.uint32), first, np.uint32(stop - first), out)
+    out = np.zeros(values.size + ROOM, np.uint32)
+    count = collect(values.view(np.uint32), first, np.uint32(stop - first), out, np.uint64(0))
     expected = values[(values >= np.float32(0.3)) & (values < np.float32(0.9))]
     assert np.array_equal(out[: int(count)].view(np.float32), expected)
+
+
+def test_elements_of_a_magnitude_are_found_by_number():
+    from moeforge.kernels.counting import where
+
+    random = np.random.default_rng(0)
+    matrix = random.integers(-3, 4, (3, 2500)).astype(np.float32)
+    for row in (1, 2):
+        for value in (0.0, 2.0, 9.0):
+            expected = np.flatnonzero(np.abs(matrix[row] - matrix[0]) == value)
+            assert np.array_equal(where(matrix, row, np.float32(value)), expected)
 
 
 @pytest.mark.parametrize("distinct", [3, 3000])

@@ -58,15 +58,19 @@ def _squeeze_lanes(
 
 
 @compiled
-def _squeeze_each(values: Any, at: Any, first: Any, width: Any, out: Any, count: Any) -> Any:
-    # Every element is written, and the next one over it unless it is to stay: no branch to miss.
-    for j in range(at, at + LANES):
-        out[count] = values[j]
-        count += np.uint64(np.uint32(values[j] - first) < width)
-    return count
+def _collect_vectors(bits: Any, first: Any, width: Any, out: Any, count: Any) -> Any:
+    whole = bits.size // LANES * LANES
+    for j in range(0, whole, LANES):
+        count = _squeeze_lanes(bits, j, first, width, out, count)
+    return whole, count
 
 
-_squeeze = _squeeze_lanes if binding.llvm_version_info[0] >= LLVM else _squeeze_each
+@compiled
+def _collect_none(bits: Any, first: Any, width: Any, out: Any, count: Any) -> Any:
+    return 0, count
+
+
+_collect_most = _collect_vectors if binding.llvm_version_info[0] >= LLVM else _collect_none
 
 
 @compiled
@@ -75,10 +79,9 @@ def collect(bits: Any, first: Any, width: Any, out: Any, count: Any) -> Any:
 
     `count` are there already, uint64. Returns how many there are then; `out` is longer by ROOM.
     """
-    whole = bits.size // LANES * LANES
-    for j in range(0, whole, LANES):
-        count = _squeeze(bits, j, first, width, out, count)
-    for j in range(whole, bits.size):
+    done, count = _collect_most(bits, first, width, out, count)
+    # Every element is written, and the next one over it unless it is to stay: no branch to miss.
+    for j in range(done, bits.size):
         out[count] = bits[j]
         count += np.uint64(np.uint32(bits[j] - first) < width)
     return count

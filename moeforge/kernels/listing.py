@@ -78,7 +78,7 @@ class _Code:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _mark_lanes(typing: Any, marks: Any, at: Any, number: Any, out: Any, count: Any) -> Any:
-    """Do as `_mark_each`, by the vector instruction that squeezes lanes together."""
+    """Append the numbers, from `number` on, of those of 32 elements that have a mark to `out`."""
     signature = types.uint64(marks, types.int64, types.uint16, out, types.uint64)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -87,14 +87,6 @@ def _mark_lanes(typing: Any, marks: Any, at: Any, number: Any, out: Any, count: 
         return code.append(inside, args[2], 3, args[4])
 
     return signature, generate
-
-
-@compiled
-def _mark_each(marks: Any, at: Any, number: Any, out: Any, count: Any) -> Any:
-    for j in range(LANES):
-        out[count] = np.uint16(number + np.uint16(j))
-        count += np.uint64(marks[at + j] != 0)
-    return count
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -110,7 +102,7 @@ def _sift_lanes(
     out: Any,
     count: Any,
 ) -> Any:
-    """Do as `_sift_each`, by vector instructions: one looks up in a table of 32."""
+    """Do as `sift` with 32 elements; one instruction looks up in a table of as many."""
     signature = types.uint64(
         *(drawn, bins, types.int64, types.uint16, lows, highs, kept, out, types.uint64)
     )
@@ -129,28 +121,38 @@ def _sift_lanes(
 
 
 @compiled
-def _sift_each(
-    drawn: Any,
-    bins: Any,
-    at: Any,
-    number: Any,
-    lows: Any,
-    highs: Any,
-    kept: Any,
-    out: Any,
-    count: Any,
+def _mark_vectors(marks: Any, out: Any) -> Any:
+    whole, count = marks.size // LANES * LANES, np.uint64(0)
+    for j in range(0, whole, LANES):
+        count = _mark_lanes(marks, j, np.uint16(j), out, count)
+    return whole, count
+
+
+@compiled
+def _mark_none(marks: Any, out: Any) -> Any:
+    return 0, np.uint64(0)
+
+
+@compiled
+def _sift_vectors(
+    drawn: Any, bins: Any, number: Any, lows: Any, highs: Any, kept: Any, out: Any
 ) -> Any:
-    for j in range(LANES):
-        draw, column = np.uint16(drawn[at + j] ^ _HALF), bins[at + j] & _COLUMN
-        kept[at + j] = np.uint8(draw < lows[column])
-        out[count] = np.uint16(number + np.uint16(j))
-        count += np.uint64((draw >= lows[column]) & (draw < highs[column]))
-    return count
+    whole, count = drawn.size // LANES * LANES, np.uint64(0)
+    for j in range(0, whole, LANES):
+        count = _sift_lanes(drawn, bins, j, np.uint16(number + j), lows, highs, kept, out, count)
+    return whole, count
+
+
+@compiled
+def _sift_none(
+    drawn: Any, bins: Any, number: Any, lows: Any, highs: Any, kept: Any, out: Any
+) -> Any:
+    return 0, np.uint64(0)
 
 
 _LANED = binding.llvm_version_info[0] >= LLVM
-_mark = _mark_lanes if _LANED else _mark_each
-_sift = _sift_lanes if _LANED else _sift_each
+_mark_most = _mark_vectors if _LANED else _mark_none
+_sift_most = _sift_vectors if _LANED else _sift_none
 
 
 @compiled
@@ -161,10 +163,8 @@ def marked(marks: Any, out: Any) -> Any:
         marks: uint16 [elements], fewer than 2¹⁶; zero for none.
         out: uint16, longer by LANES.
     """
-    whole, count = marks.size // LANES * LANES, np.uint64(0)
-    for j in range(0, whole, LANES):
-        count = _mark(marks, j, np.uint16(j), out, count)
-    for j in range(whole, marks.size):
+    done, count = _mark_most(marks, out)
+    for j in range(done, marks.size):
         out[count] = np.uint16(j)
         count += np.uint64(marks[j] != 0)
     return count
@@ -186,10 +186,8 @@ def sift(drawn: Any, bins: Any, number: Any, lows: Any, highs: Any, kept: Any, o
     Returns:
         How many are left open.
     """
-    whole, count = drawn.size // LANES * LANES, np.uint64(0)
-    for j in range(0, whole, LANES):
-        count = _sift(drawn, bins, j, np.uint16(number + j), lows, highs, kept, out, count)
-    for j in range(whole, drawn.size):
+    done, count = _sift_most(drawn, bins, number, lows, highs, kept, out)
+    for j in range(done, drawn.size):
         draw, column = np.uint16(drawn[j] ^ _HALF), bins[j] & _COLUMN
         kept[j] = np.uint8(draw < lows[column])
         out[count] = np.uint16(number + j)
