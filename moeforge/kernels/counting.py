@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from moeforge.kernels.rows import STRETCH, ZERO, as_float, borrowed, compiled, rows_of, wide, widen
 
-BINS = 2**11
+BINS, TABLES = 2**10, 8
 LANES = 16
 LLVM = 20
 """The first LLVM that has an operation for it; an older one would end the process."""
@@ -142,14 +142,15 @@ def ranked(values: Any, rank: Any) -> Any:
     low, high = np.uint32(0xFFFFFFFF), np.uint32(0)
     for j in range(bits.size):
         low, high = min(low, bits[j]), max(high, bits[j])
-    tables = np.empty((4, BINS), np.int32)  # of equal values, one count would wait for the other
+    # Of equal values one count would wait for the other, as it would a power of two further on.
+    tables = np.empty((TABLES, BINS + 16), np.int32)
     while True:
         shift = 0
         while (high - low) >> np.uint32(shift) >= BINS:
             shift += 1
         tables[:] = 0
         for j in range(bits.size):
-            tables[j & 3, (bits[j] - low) >> np.uint32(shift)] += 1
+            tables[j & (TABLES - 1), (bits[j] - low) >> np.uint32(shift)] += 1
         place = BINS - 1
         here = tables[:, place].sum()
         while rank > here:
