@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from blake3 import blake3
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_crash import RECIPES
 
 import moeforge
 from moeforge import engine, forge
 from moeforge.engine import Settings, jobs, processes, seal
 from moeforge.engine.jobs import CHUNK, CopyJob
+from moeforge.engine.reading import Reader
 from moeforge.errors import BuildError
 from moeforge.methods import _select
 from moeforge.output.layout import Shard, lay_out
@@ -38,6 +39,7 @@ from moeforge.plans import (
 )
 from moeforge.sealed import Sealed
 from moeforge.sources import FileSpan
+from moeforge.sources.folder import FolderSource
 from moeforge.sources.memory import MemorySource
 from moeforge.system import copy_range
 from moeforge.tensors import BY_NAME, TensorSpec
@@ -206,6 +208,37 @@ def test_a_failing_read_names_the_tensor(tmp_path):
     with pytest.raises(moeforge.errors.BuildError, match=r"y: the disk is gone"):
         run(plan_of(NESTED, [good, bad]), tmp_path / "out")
     assert threading.active_count() == before, "workers ended"
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """Of tensor x of model a, ones in a file."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"x": torch.ones(4096, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    plan = plan_of(A, [FolderSource("a", tmp_path)])
+    return Reader(plan, pinned=False, settle=lambda: None)
+
+
+def test_a_file_that_was_cut_off_meanwhile_is_named(reader, tmp_path):
+    data = memoryview(bytearray(2048))
+    reader.straight(A, 1024, data)
+    assert bytes(data) == b"\x80\x3f" * 1024, "ones in bfloat16"
+    os.truncate(tmp_path / "model.safetensors", 2048)
+    with pytest.raises(OSError, match="ended early while reading x"):
+        reader.straight(A, 4096, data)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for open files")
+def test_files_read_by_workers_are_closed_with_the_chunk(reader, tmp_path):
+    def opened():
+        links = [entry.readlink() for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
+        return links.count(tmp_path / "model.safetensors")
+
+    for start in (0, 64):
+        reader.straight(A, start, memoryview(bytearray(64)))
+    assert opened() == 1
+    reader.close()
+    assert opened() == 0
 
 
 def test_memory_limit_makes_slices_smaller():

@@ -273,6 +273,7 @@ class Evaluator:
 
         One look at many short runs: their elements lie one after the other, at no place.
         """
+        self.begin(node)
         count, kind = sum(length for _, length in runs), torch_dtype(working)
         if self._known(node, kind).as_stored:
             kind = torch.bfloat16
