@@ -120,6 +120,7 @@ def lead(
         compiling=compiling,
     )
     group.wait("finished", waited)
+    waited()  # what they wrote last came with that
     return {**own, **theirs}
 
 

@@ -345,6 +345,27 @@ def test_files_are_divided_by_bytes():
     assert [len(part) for part in sharing.divide(shards[:2], 4)] == [1, 1, 0, 0]
 
 
+def test_the_last_that_progress_tells_is_everything(tmp_path, monkeypatch):
+    written, told = {1: 10}, []
+
+    def wait(key, meanwhile):
+        meanwhile()
+        written[1] = 60
+
+    def run(plan, shards, folder, settings, progress, **more):
+        progress(40)
+        return {}
+
+    monkeypatch.setattr(sharing.engine, "run", run)
+    nothing = lambda *given, **named: None  # noqa: E731
+    group = SimpleNamespace(
+        size=2, tell=nothing, listen=nothing, check=nothing, wait=wait, said=lambda key: written
+    )
+    journal = SimpleNamespace(root=tmp_path, folder=tmp_path, kept={}, add=nothing)
+    sharing.lead(group, None, (), journal, None, told.append, nothing, nothing)
+    assert told == [50, 50, 100]
+
+
 def pair(rank=0):
     """A group of two as `rank` sees it, and the other end of its connection."""
     mine, theirs = socket.socketpair()
