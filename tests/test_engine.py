@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from test_crash import RECIPES
 
 import moeforge
-from moeforge import engine, forge
-from moeforge.engine import Settings, jobs, processes, seal
+from moeforge import engine, forge, kernels
+from moeforge.engine import Settings, jobs, processes, reading, seal
+from moeforge.engine.evaluate import Evaluator
 from moeforge.engine.jobs import CHUNK, CopyJob
 from moeforge.engine.reading import Reader
+from moeforge.engine.rows import Whole
 from moeforge.errors import BuildError
-from moeforge.methods import _select
+from moeforge.methods import BLOCK, _select
 from moeforge.output.layout import Shard, lay_out
 from moeforge.plans import (
     Concat,
@@ -211,34 +213,39 @@ def test_a_failing_read_names_the_tensor(tmp_path):
 
 
 @pytest.fixture
-def reader(tmp_path):
-    """Of tensor x of model a, ones in a file."""
+def in_file(tmp_path):
+    """A plan that adds up tensor x of model a, ones in a file, twice."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    save_file({"x": torch.ones(4096, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
-    plan = plan_of(A, [FolderSource("a", tmp_path)])
-    return Reader(plan, pinned=False, settle=lambda: None)
+    save_file({"x": torch.ones(3 * BLOCK, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    expr = Merge("linear", (A, A), (("weight", (1.0, 2.0)), ("normalize", False)))
+    return plan_of(expr, [FolderSource("a", tmp_path)], shape=(3 * BLOCK,))
 
 
-def test_a_file_that_was_cut_off_meanwhile_is_named(reader, tmp_path):
-    data = memoryview(bytearray(2048))
-    reader.straight(A, 1024, data)
+def test_a_file_that_was_cut_off_meanwhile_is_named(in_file, tmp_path):
+    reader, data = Reader(in_file, pinned=False, settle=lambda: None), memoryview(bytearray(2048))
+    reader.gather(A, [(1024, 512), (4096, 1536)], data)
     assert bytes(data) == b"\x80\x3f" * 1024, "ones in bfloat16"
     os.truncate(tmp_path / "model.safetensors", 2048)
     with pytest.raises(OSError, match="ended early while reading x"):
-        reader.straight(A, 4096, data)
+        reader.gather(A, [(4096, 2048)], data)
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux for open files")
-def test_files_read_by_workers_are_closed_with_the_chunk(reader, tmp_path):
-    def opened():
-        links = [entry.readlink() for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
-        return links.count(tmp_path / "model.safetensors")
-
-    for start in (0, 64):
-        reader.straight(A, start, memoryview(bytearray(64)))
-    assert opened() == 1
-    reader.close()
-    assert opened() == 0
+def test_files_that_a_worker_reads_are_closed_with_the_chunk(in_file, monkeypatch):
+    opened, open_file = [], reading.open_file
+    monkeypatch.setattr(
+        reading, "open_file", lambda *to: opened.append(open_file(*to)) or opened[-1]
+    )
+    monkeypatch.setattr(kernels, "_loaded", True)
+    working, kind, slices = BY_NAME["float32"], BY_NAME["bfloat16"], 0
+    worker, expr = Evaluator(in_file, BLOCK), in_file.tensors[0].expr
+    for _, data in worker.produce(expr, working, kind, Whole(), 0, 3 * BLOCK):
+        slices += 1
+        assert bytes(data) == b"\x40\x40" * BLOCK, "threes"
+        assert len(opened) == 1, "once for all slices"
+        os.fstat(opened[0])
+    assert slices == 3
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
 
 
 def test_memory_limit_makes_slices_smaller():

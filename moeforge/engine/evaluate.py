@@ -15,7 +15,7 @@ import torch
 from moeforge import kernels, methods
 from moeforge.engine import noise, reshape, rows
 from moeforge.engine.buffers import Buffer, torch_dtype
-from moeforge.engine.reading import Reader, gather
+from moeforge.engine.reading import Reader
 from moeforge.methods import BLOCK, CHUNK, PADDING, Method, Place, Scan
 from moeforge.plans import (
     Affine,
@@ -275,20 +275,20 @@ class Evaluator:
         """
         self.begin(node)
         count, kind = sum(length for _, length in runs), torch_dtype(working)
-        if self._known(node, kind).as_stored:
-            kind = torch.bfloat16
-        tensors, mark = torch.empty(len(node.inputs), count, dtype=kind), self._used
-        for row, expr in zip(tensors, node.inputs, strict=True):
-            assert isinstance(expr, Read)
-            source = self.plan.sources[expr.source]
-            dtype = source.specs()[expr.name].dtype
-            raw, size = self._room(count * dtype.itemsize), dtype.itemsize
-            places = [(start * size, length * size) for start, length in runs]
-            gather(source, expr.name, places, raw.view(count * size))
-            row.copy_(raw.tensor(torch_dtype(dtype), count))
-            self._used = mark
-        place = Place(self.plan.shape(node), 0)
+        merging, mark = self._known(node, kind), self._used
+        tensors = torch.empty(
+            len(node.inputs), count, dtype=torch.bfloat16 if merging.as_stored else kind
+        )
         with self._arithmetic():
+            for row, expr in zip(tensors, node.inputs, strict=True):
+                assert isinstance(expr, Read)
+                dtype = self.plan.sources[expr.source].specs()[expr.name].dtype
+                raw, size = self._room(count * dtype.itemsize), dtype.itemsize
+                places = ((start * size, length * size) for start, length in runs)
+                self._reader.gather(expr, places, raw.view(count * size))
+                row.copy_(raw.tensor(torch_dtype(dtype), count))
+                self._used = mark
+            place = Place(merging.shape, 0)
             return scan.join([scan.look(tensors.to(self.device), place)])
 
     def _take(self, dtype: torch.dtype, count: int) -> Tensor:
@@ -316,7 +316,7 @@ class Evaluator:
             for i, expr in enumerate(exprs):
                 assert isinstance(expr, Read)
                 data = buffer.view(count * 2, i * count * 2)
-                self._reader.straight(expr, start * 2, data)
+                self._reader.gather(expr, ((start * 2, count * 2),), data)
             return buffer.tensor(torch.bfloat16, len(exprs) * count).view(len(exprs), count)
         # Rows a power of two apart would share the same few lines of the cache; kernels, which
         # want them one after the other, look at little of each at a time.

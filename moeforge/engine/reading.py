@@ -7,13 +7,13 @@ than reading again, for what is read lies in the cache then; see docs/performanc
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from moeforge.engine import WINDOW
 from moeforge.engine.buffers import Buffer, torch_dtype
 from moeforge.plans import Plan, Read
-from moeforge.sources import Source, lies
+from moeforge.sources import lies
 from moeforge.system import open_file, read_at
 
 if TYPE_CHECKING:
@@ -21,26 +21,6 @@ if TYPE_CHECKING:
 
 Key = tuple[str, str]
 """Source and name of a tensor."""
-
-
-def gather(source: Source, name: str, runs: Sequence[tuple[int, int]], out: memoryview) -> None:
-    """Fill `out` with runs of bytes (start, count) of a tensor, one after the other.
-
-    Raises:
-        OSError: they cannot be read.
-    """
-    span, filled = lies(source, name), 0
-    # The file itself where there is one: of many short reads most is the way to them.
-    file = None if span is None else open_file(span.path, os.O_RDONLY)
-    try:
-        for start, count in runs:
-            part = out[filled : filled + count]
-            filled += count
-            if span is None or file is None or read_at(file, part, span.offset + start) < count:
-                source.read(name, start, part)  # which says what is wrong, if anything is
-    finally:
-        if file is not None:
-            os.close(file)
 
 
 class _Window:
@@ -114,23 +94,26 @@ class Reader:
         first = (start - window.start) * size
         return window.buffer.tensor(torch_dtype(spec.dtype), count, first)
 
-    def straight(self, node: Read, first: int, out: memoryview) -> None:
-        """Fill `out` with bytes of a tensor from byte `first` on, past windows.
+    def gather(self, node: Read, runs: Iterable[tuple[int, int]], out: memoryview) -> None:
+        """Fill `out` with runs of bytes (start, count) of a tensor, one after the other.
 
-        From the file itself where there is one, which stays open until `close`: slice after slice
-        is read, and the way through the sources takes longer than a call of the system.
+        From the file itself where there is one, which stays open until `close`, and past windows:
+        of many short runs, or of one slice after the other, much is the way through the sources.
 
         Raises:
             OSError: they cannot be read.
         """
-        key = (node.source, node.name)
+        key, source, filled = (node.source, node.name), self._plan.sources[node.source], 0
         if key not in self._files:
-            span = lies(self._plan.sources[node.source], node.name)
+            span = lies(source, node.name)
             opened = None if span is None else (open_file(span.path, os.O_RDONLY), span.offset)
             self._files[key] = opened
         file = self._files[key]
-        if file is None or read_at(file[0], out, file[1] + first) < len(out):
-            self._plan.sources[node.source].read(node.name, first, out)
+        for start, count in runs:
+            part = out[filled : filled + count]
+            filled += count
+            if file is None or read_at(file[0], part, file[1] + start) < count:
+                source.read(node.name, start, part)  # which says what is wrong, if anything is
 
     def close(self) -> None:
         """Close files that were read from: they may be deleted when a job is done."""

@@ -196,23 +196,17 @@ def where(matrix: Any, which: Any, value: Any) -> Any:
     Returns:
         int64, ascending.
     """
-    room, found, count = rows_of(2), np.empty(16, np.int64), 0
+    room, found, count = rows_of(2), np.empty(matrix.shape[1], np.int64), 0
     for start in range(0, matrix.shape[1], STRETCH):
         end = min(start + STRETCH, matrix.shape[1])
         base, row = room[0, : end - start], room[1, : end - start]
         widen(matrix[0, start:end], base)
         _absolute_difference(matrix[which, start:end], base, row)
-        here = equal(row, value)
-        if here == 0:
-            continue
-        if count + here > found.size:
-            more = np.empty(2 * (count + here), np.int64)
-            more[:count] = found[:count]
-            found = more
-        for j in range(row.size):
-            if row[j] == value:
-                found[count] = start + j
-                count += 1
+        if equal(row, value) > 0:  # counting is for vectors, listing is not
+            for j in range(row.size):
+                if row[j] == value:
+                    found[count] = start + j
+                    count += 1
     return found[:count].copy()
 
 
