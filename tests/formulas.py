@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from test_random import key_of, uniform16
 
 
@@ -168,13 +169,13 @@ def lottery(i, delta, p):
 
 
 def by_rank(i, delta, p):
-    """DELLA: kept with probability from density − ε to density + ε by rank in the row."""
+    """DELLA: kept with probability from density − ε to density + ε by mean rank in the row."""
     density, epsilon = p["density"][i + 1], p["epsilon"][i + 1]
     if density <= 0:
         return torch.zeros_like(delta)
     drawn = uniform16(key_of(p["key"], i), delta.numel())
     rows = lines(delta).abs().float().numpy()
-    rank = np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1, kind="stable")
+    rank = rankdata(rows, axis=1) - 1
     last = rows.shape[1] - 1
     share = density - epsilon + 2 * epsilon * rank / last if last else np.full(rows.shape, density)
     kept = drawn.reshape(rows.shape) < np.round(share * 2**16)

@@ -199,14 +199,13 @@ def test_draws_are_those_of_the_cpu(start):
     [(1, 0.4, 0.2), (7, 0.4, 0.2), (512, 0.4, 0.2), (512, 0.9, 0.0999999)],
 )
 def test_ranks_are_those_of_the_cpu(row, density, epsilon):
-    # Of bfloat16, so that many are equal and rank by position.
+    # Of bfloat16, so that many are equal and share a rank.
     delta = torch.randn(row * 40, generator=torch.Generator().manual_seed(3)).bfloat16().float()
     params = {"key": 11, "density": (None, density), "epsilon": (None, epsilon)}
     expected, start = delta.clone(), 5 * row
     _rank.thin_by_rank(0, expected, params, None, Place((90, row), start))
     drawn = _gpu.draws(_random.derive(11, 0), start, len(delta), delta.device)
-    surely, maybe, needed = _rank._ranks_needed(density, epsilon, row)
-    _gpu.thin(delta, row, drawn, surely, maybe, torch.from_numpy(needed))
+    _gpu.thin(delta, drawn, torch.from_numpy(_rank._bounds(density, epsilon, row)))
     assert torch.equal(delta, expected)
     assert 0 < int(delta.count_nonzero()) < len(delta)
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.stats import rankdata
 
-from moeforge import forge
+from moeforge import forge, kernels
 from moeforge.methods import Place
 from moeforge.methods._random import derive, draws, drop
 from moeforge.methods._rank import thin_by_rank
@@ -155,6 +156,24 @@ def test_larger_deltas_are_kept_more_often():
     shares = (delta.view(4096, 9) > 0).float().gather(1, order).mean(0)
     expected = torch.tensor([0.1 + 0.1 * rank for rank in range(9)])
     assert bool(((shares - expected).abs() < 5 * (expected * (1 - expected) / 4096).sqrt()).all())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_equal_deltas_are_kept_with_the_probability_of_their_mean_rank(compiled):
+    """None is kept more often for where it stands in its row."""
+    values = torch.randint(5, (40, 300), generator=torch.Generator().manual_seed(1)) * 0.25
+    values[0], values[1, ::2] = 1.0, -values[1, ::2]
+    delta, params = values.clone().flatten(), {"density": (None, 0.5), "epsilon": (None, 0.4)}
+    if compiled:
+        assert kernels.load(["thinning"], narrow=True)
+    try:
+        thin_by_rank(0, delta, {**params, "key": 5}, None, Place((40, 300), 0))
+    finally:
+        kernels.unload()
+    ranks = rankdata(values.abs().numpy(), axis=1) - 1  # from 0; means, where some are equal
+    bounds = np.round((0.1 + 0.8 * ranks / 299) * 2**16).flatten()
+    kept = uniform16(key_of(5, 0), delta.numel()) < bounds
+    assert np.array_equal(delta.numpy(), np.where(kept, values.flatten().numpy(), 0))
 
 
 # --- seeds of recipes ----------------------------------------------------------------------------

@@ -63,9 +63,12 @@ class _Code:
         return found
 
     def append(self, inside: Any, first: Any, out: int, count: Any) -> Any:
-        """Append numbers of lanes that are `inside` to array argument `out`; return the count."""
+        """Append the numbers of elements from `first` on that are `inside` to argument `out`.
+
+        Returns the count.
+        """
         lanes = ir.Constant(_VECTOR, list(range(LANES)))
-        numbers = self.builder.add(self.spread(first), lanes)
+        numbers = self.builder.add(self.spread(self.builder.trunc(first, _LANE)), lanes)
         kind = ir.FunctionType(_VECTOR, [_VECTOR, _MASK, _VECTOR])
         name = f"llvm.experimental.vector.compress.v{LANES}i16"
         squeeze = cgutils.get_or_insert_function(self.builder.module, kind, name)
@@ -77,14 +80,14 @@ class _Code:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _mark_lanes(typing: Any, marks: Any, at: Any, number: Any, out: Any, count: Any) -> Any:
-    """Append the numbers, from `number` on, of those of 32 elements that have a mark to `out`."""
-    signature = types.uint64(marks, types.int64, types.uint16, out, types.uint64)
+def _mark_lanes(typing: Any, marks: Any, at: Any, out: Any, count: Any) -> Any:
+    """Append the numbers of those of 32 elements from `at` on that have a mark to `out`."""
+    signature = types.uint64(marks, types.int64, out, types.uint64)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         code = _Code(context, builder, signature, args)
         inside = builder.icmp_unsigned("!=", code.load(0, args[1]), ir.Constant(_VECTOR, None))
-        return code.append(inside, args[2], 3, args[4])
+        return code.append(inside, args[1], 2, args[3])
 
     return signature, generate
 
@@ -95,7 +98,6 @@ def _sift_lanes(
     drawn: Any,
     bins: Any,
     at: Any,
-    number: Any,
     lows: Any,
     highs: Any,
     kept: Any,
@@ -103,19 +105,17 @@ def _sift_lanes(
     count: Any,
 ) -> Any:
     """Do as `sift` with 32 elements; one instruction looks up in a table of as many."""
-    signature = types.uint64(
-        *(drawn, bins, types.int64, types.uint16, lows, highs, kept, out, types.uint64)
-    )
+    signature = types.uint64(*(drawn, bins, types.int64, lows, highs, kept, out, types.uint64))
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         code, zero = _Code(context, builder, signature, args), ir.Constant(ir.IntType(64), 0)
         half = code.spread(ir.Constant(_LANE, int(_HALF)))
         draws = builder.xor(code.load(0, args[2]), half)
         columns = builder.and_(code.load(1, args[2]), code.spread(ir.Constant(_LANE, int(_COLUMN))))
-        below = builder.icmp_unsigned("<", draws, code.looked_up(code.load(4, zero), columns))
-        maybe = builder.icmp_unsigned("<", draws, code.looked_up(code.load(5, zero), columns))
-        builder.store(builder.zext(below, _BYTES), code.place(6, args[2], _BYTES), align=1)
-        return code.append(builder.and_(maybe, builder.not_(below)), args[3], 7, args[8])
+        below = builder.icmp_unsigned("<", draws, code.looked_up(code.load(3, zero), columns))
+        maybe = builder.icmp_unsigned("<", draws, code.looked_up(code.load(4, zero), columns))
+        builder.store(builder.zext(below, _BYTES), code.place(5, args[2], _BYTES), align=1)
+        return code.append(builder.and_(maybe, builder.not_(below)), args[2], 6, args[7])
 
     return signature, generate
 
@@ -124,7 +124,7 @@ def _sift_lanes(
 def _mark_vectors(marks: Any, out: Any) -> Any:
     whole, count = marks.size // LANES * LANES, np.uint64(0)
     for j in range(0, whole, LANES):
-        count = _mark_lanes(marks, j, np.uint16(j), out, count)
+        count = _mark_lanes(marks, j, out, count)
     return whole, count
 
 
@@ -134,19 +134,15 @@ def _mark_none(marks: Any, out: Any) -> Any:
 
 
 @compiled
-def _sift_vectors(
-    drawn: Any, bins: Any, number: Any, lows: Any, highs: Any, kept: Any, out: Any
-) -> Any:
+def _sift_vectors(drawn: Any, bins: Any, lows: Any, highs: Any, kept: Any, out: Any) -> Any:
     whole, count = drawn.size // LANES * LANES, np.uint64(0)
     for j in range(0, whole, LANES):
-        count = _sift_lanes(drawn, bins, j, np.uint16(number + j), lows, highs, kept, out, count)
+        count = _sift_lanes(drawn, bins, j, lows, highs, kept, out, count)
     return whole, count
 
 
 @compiled
-def _sift_none(
-    drawn: Any, bins: Any, number: Any, lows: Any, highs: Any, kept: Any, out: Any
-) -> Any:
+def _sift_none(drawn: Any, bins: Any, lows: Any, highs: Any, kept: Any, out: Any) -> Any:
     return 0, np.uint64(0)
 
 
@@ -171,13 +167,12 @@ def marked(marks: Any, out: Any) -> Any:
 
 
 @compiled
-def sift(drawn: Any, bins: Any, number: Any, lows: Any, highs: Any, kept: Any, out: Any) -> Any:
+def sift(drawn: Any, bins: Any, lows: Any, highs: Any, kept: Any, out: Any) -> Any:
     """Keep elements by draw and column, and put the numbers of those left open into `out`.
 
     Args:
-        drawn: int16 [elements].
+        drawn: int16 [elements], fewer than 2¹⁶.
         bins: uint16 [elements], with the column in the lowest bits.
-        number: int64, the first element's; all are below 2¹⁶.
         lows: uint16 [LANES], for each column the number below which draws, as unsigned ones, keep.
         highs: uint16 [LANES], not smaller: from there on they do not.
         kept: uint8 [elements], for ones and zeros.
@@ -186,10 +181,10 @@ def sift(drawn: Any, bins: Any, number: Any, lows: Any, highs: Any, kept: Any, o
     Returns:
         How many are left open.
     """
-    done, count = _sift_most(drawn, bins, number, lows, highs, kept, out)
+    done, count = _sift_most(drawn, bins, lows, highs, kept, out)
     for j in range(done, drawn.size):
         draw, column = np.uint16(drawn[j] ^ _HALF), bins[j] & _COLUMN
         kept[j] = np.uint8(draw < lows[column])
-        out[count] = np.uint16(number + j)
+        out[count] = np.uint16(j)
         count += np.uint64((draw >= lows[column]) & (draw < highs[column]))
     return count

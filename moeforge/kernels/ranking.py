@@ -1,10 +1,9 @@
 """Owns ranks within rows: which elements are kept for being large enough among those of their row.
 
-No row is sorted. Magnitudes are counted by their upper bits, and each remembers how many of its bin
-came before it in its half of the row. Differences of bfloat16 numbers mostly have no lower bits:
-those of a bin are equal then, equal ones rank by position, and what was remembered is the rank.
-Elements with lower bits, the fine ones, are listed; where they leave a rank open that decides, it
-is found among them. Only of a row in which that takes long all ranks are worked out.
+No row is sorted. Magnitudes are counted by their upper bits. Differences of bfloat16 numbers mostly
+have no lower bits: those of a bin are equal then, equal ones share the mean of their ranks, and the
+counts tell it. Elements with lower bits, the fine ones, are listed; where they leave a rank open
+that decides, it is found among them. Only a row in which that takes long is sorted.
 """
 
 from __future__ import annotations
@@ -13,21 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from moeforge.kernels.counting import equal
 from moeforge.kernels.listing import LANES, marked, sift
 from moeforge.kernels.rows import borrowed, compiled
 
-_BINS, _SHIFT, _UPPER = 2**11, np.uint32(16), np.uint32(0xFFFF0000)
-"""Magnitudes are told apart by 7 bits of their fraction, in 16 powers of two below the largest."""
-_ACROSS, _DOWN, _LAST = np.uint16(5), np.uint16(6), np.uint16(2**6 - 1)
-"""Bins lie in 32 columns of 64, so that those before them are summed up 32 at a time."""
+_BINS, _SHIFT, _UPPER = 2**10, np.uint32(16), np.uint32(0xFFFF0000)
+"""Magnitudes are told apart by 7 bits of their fraction, in 8 powers of two below the largest."""
+_ACROSS, _DOWN, _LAST = np.uint16(5), np.uint16(5), np.uint16(2**5 - 1)
+"""Bins lie in 32 columns of 32, so that those before them are summed up 32 at a time."""
 _HALF = np.int16(-(2**15))
 _CROWD = 4
 """Where more than such a part of a row is fine, it does not pay to tell the others from them."""
-_OFTEN = 2**7
+_OFTEN = 2**8
 """Fine elements looked at, for each one of the row, from which on sorting it takes less."""
-_DIGIT, _DIGITS = np.uint32(11), 3
-_NONE, _ONE = np.uint16(0), np.uint16(1)
+_ONE, _COLUMN = np.uint16(1), np.uint16(LANES - 1)
 
 
 @compiled
@@ -37,9 +34,8 @@ def rooms(row: Any) -> Any:
         np.empty((2, row), np.uint16),
         np.empty((2, _BINS), np.uint16),
         np.empty((3, _BINS), np.uint16),
-        np.empty((2, LANES), np.uint16),
-        np.empty((3, row + LANES), np.uint16),
-        np.empty(row, np.uint32),
+        np.empty((3, LANES), np.uint16),
+        np.empty((2, row + LANES), np.uint16),
     )
 
 
@@ -60,80 +56,46 @@ def _place(bits: Any, least: Any, bins: Any, fine: Any) -> None:
 
 
 @compiled
-def _half(row: Any) -> Any:
-    return row.size // (2 * LANES) * LANES
-
-
-@compiled
-def _count(bins: Any, tables: Any, before: Any) -> None:
-    """Put how many of each bin are in either half into `tables`, and are before each in its own."""
-    half = _half(bins)
-    one, other, first, second = bins[:half], bins[half:], before[:half], before[half:]
-    ones, others = tables[0], tables[1]
+def _count(bins: Any, tables: Any) -> None:
+    """Put how many of each bin are in either half into `tables`."""
+    half = bins.size // 2
+    one, other, ones, others = bins[:half], bins[half:], tables[0], tables[1]
     tables[:] = 0
     # Side by side, for of equal values one count waits for the other.
     for j in range(half):
-        first[j] = ones[one[j]]
-        ones[one[j]] = np.uint16(first[j] + _ONE)
-        second[j] = others[other[j]]
-        others[other[j]] = np.uint16(second[j] + _ONE)
-    for j in range(half, other.size):
-        second[j] = others[other[j]]
-        others[other[j]] = np.uint16(second[j] + _ONE)
+        ones[one[j]] += _ONE
+        others[other[j]] += _ONE
+    if half < other.size:
+        others[other[half]] += _ONE
 
 
 @compiled
-def _sum_halves(ones: Any, others: Any, total: Any) -> None:
-    for k in range(total.size):
-        total[k] = np.uint16(ones[k] + others[k])
-        ones[k], others[k] = _NONE, ones[k]
-
-
-@compiled
-def _sum_columns(total: Any, below: Any) -> None:
+def _sum_columns(ones: Any, others: Any, total: Any, below: Any) -> None:
     for k in range(total.size - LANES):
+        total[k] = np.uint16(ones[k] + others[k])
         below[k + LANES] = np.uint16(below[k] + total[k])
+    for k in range(total.size - LANES, total.size):
+        total[k] = np.uint16(ones[k] + others[k])
 
 
 @compiled
-def _copy(numbers: Any, out: Any) -> None:
-    for k in range(numbers.size):
-        out[k] = numbers[k]
+def _limits(total: Any, below: Any, bounds: Any, starts: Any, lows: Any, highs: Any) -> None:
+    """Put the rank that each column begins with into `starts`, and the bounds of its ends.
 
-
-@compiled
-def _raise(numbers: Any, by: Any) -> None:
-    for k in range(numbers.size):
-        numbers[k] = np.uint16(numbers[k] + by[k])
-
-
-@compiled
-def _start(tables: Any, total: Any, below: Any) -> None:
-    """Turn what `_count` counted into the ranks that bins begin with, `below`.
-
-    In `tables` they are those of each half's first element.
+    A column without elements is nobody's: its bounds are any.
     """
-    _sum_halves(tables[0], tables[1], total)
-    first, last = below[:LANES], below.size - LANES
-    first[:] = 0
-    _sum_columns(total, below)
-    rank = np.uint16(0)
+    rank, last, end = np.int64(0), below.size - LANES, bounds.size - 1
     for k in range(LANES):
-        first[k], rank = rank, np.uint16(rank + below[last + k] + total[last + k])
-    for k in range(LANES, below.size, LANES):
-        _raise(below[k : k + LANES], first)
-    _raise(tables[0], below)
-    _raise(tables[1], below)
+        starts[k] = np.uint16(rank)
+        lows[k] = bounds[min(2 * rank, end)]
+        rank += np.int64(below[last + k]) + np.int64(total[last + k])
+        highs[k] = bounds[max(2 * rank - 2, 0)]
 
 
 @compiled
-def _limits(below: Any, bounds: Any, lows: Any, highs: Any) -> None:
-    """Put the bounds of each column's first and last rank into `lows` and `highs`."""
-    last = np.int64(bounds.size - 1)
-    for k in range(LANES):
-        end = np.int64(below[k + 1]) - 1 if k + 1 < LANES else last
-        lows[k] = bounds[min(np.int64(below[k]), last)]
-        highs[k] = max(bounds[max(end, 0)], lows[k])
+def _first(bin_: Any, sums: Any, starts: Any) -> Any:
+    """Return the rank that a bin begins with."""
+    return np.int64(sums[1, bin_]) + np.int64(starts[bin_ & _COLUMN])
 
 
 @compiled
@@ -143,60 +105,41 @@ def _compare(
     least: Any,
     drawn: Any,
     bounds: Any,
-    begin: Any,
-    room: Any,
+    bins: Any,
+    sums: Any,
+    starts: Any,
     kept: Any,
-    late: Any,
-    count: Any,
 ) -> Any:
-    """Choose among open elements by their bins; append those that these leave open."""
-    bins, before, sums = room[0][0], room[0][1], room[2]
+    """Choose among open elements by their bins; put those that these leave open first in `opened`.
+
+    Returns:
+        How many these are.
+    """
+    count = np.uint64(0)
     for j in opened:
         bin_, draw = bins[j], np.uint16(drawn[j] ^ _HALF)
-        fine, total = sums[2, bin_], sums[0, bin_]
-        if fine < total and bits[j] == _plain(bits[j], least):
-            high = np.uint16(begin[bin_] + before[j])
-            low = np.uint16(max(high, fine) - fine)  # of those before it, fine ones are larger
-        else:
-            high = np.uint16(sums[1, bin_] + total - _ONE)
-            low = np.uint16(high - fine + _ONE)
-        kept[j] = np.uint8(draw < bounds[low])
-        late[count] = j
-        count += np.uint64((draw < bounds[low]) != (draw < bounds[high]))
+        total, fine = np.int64(sums[0, bin_]), np.int64(sums[2, bin_])
+        plain = total - fine
+        is_plain = (plain > 0) & (bits[j] == _plain(bits[j], least))
+        # No branch, which would be missed half the time.
+        first = _first(bin_, sums, starts) + (0 if is_plain else plain)
+        last = first + (plain if is_plain else fine) - 1
+        low = bounds[first + (last if is_plain else first)]
+        high = bounds[last + (first if is_plain else last)]
+        kept[j] = np.uint8(draw < low)
+        opened[count] = j
+        count += np.uint64((draw < low) != (draw < high))
     return count
 
 
 @compiled
-def _inside(values: Any, first: Any, width: Any) -> Any:
-    count = np.int32(0)
+def _around(values: Any, first: Any, value: Any) -> Any:
+    """Return how many are at least `first` and less than `value`, and how many are equal to it."""
+    less, equal = np.int32(0), np.int32(0)
     for j in range(values.size):
-        count += np.int32(np.uint32(values[j] - first) < width)
-    return count
-
-
-@compiled
-def _ranks(bits: Any) -> Any:
-    """Return the ranks of all elements: sorted digit by digit, the lowest first."""
-    tables = np.zeros((_DIGITS, 1 << _DIGIT), np.int32)
-    mask = np.uint32((1 << _DIGIT) - 1)
-    for j in range(bits.size):
-        for digit in range(_DIGITS):
-            tables[digit, (bits[j] >> np.uint32(digit * _DIGIT)) & mask] += 1
-    order, other = np.arange(bits.size).astype(np.int32), np.empty(bits.size, np.int32)
-    for digit in range(_DIGITS):
-        shift, table, count = np.uint32(digit * _DIGIT), tables[digit], np.int32(0)
-        if table[(bits[0] >> shift) & mask] == bits.size:
-            continue  # all have this one
-        for k in range(table.size):
-            count, table[k] = count + table[k], count
-        for j in order:
-            value = (bits[j] >> shift) & mask
-            other[table[value]] = j
-            table[value] += 1
-        order, other = other, order
-    for rank in range(bits.size):
-        other[order[rank]] = rank
-    return other
+        less += np.int32(np.uint32(values[j] - first) < np.uint32(value - first))
+        equal += np.int32(values[j] == value)
+    return less, equal
 
 
 @compiled
@@ -206,30 +149,25 @@ def _settle(
     least: Any,
     drawn: Any,
     bounds: Any,
-    places: Any,
-    values: Any,
-    room: Any,
+    bins: Any,
+    sums: Any,
+    starts: Any,
+    fine: Any,
     kept: Any,
 ) -> None:
-    """Choose among elements `late` of a row by their ranks; fine are those at `places`."""
-    bins, before, tables, sums = room[0][0], room[0][1], room[1], room[2]
-    if late.size * values.size > _OFTEN * bits.size:
-        ranks = _ranks(bits)
-        for j in late:
-            kept[j] = np.uint8(np.uint16(drawn[j] ^ _HALF) < bounds[ranks[j]])
-        return
+    """Choose among elements `late` of a row by their ranks; `fine` are all fine ones of it."""
+    often = late.size * fine.size > _OFTEN * bits.size
+    ordered = np.sort(bits) if often else bits
     for j in late:
-        bin_, plain = bins[j], _plain(bits[j], least)
-        total, below, fine = sums[0, bin_], sums[1, bin_], sums[2, bin_]
-        ahead = values[: np.searchsorted(places, j)]
-        if fine < total and bits[j] == plain:
-            width = (np.uint32(least if plain == 0 else 0) + np.uint32(1)) << _SHIFT
-            rank = np.int64(tables[0 if j < _half(bits) else 1, bin_]) + before[j]
-            rank -= _inside(ahead, plain, np.uint32(width))
+        if often:
+            first = np.searchsorted(ordered, bits[j])
+            last = np.searchsorted(ordered, bits[j], side="right") - 1
         else:
-            rank = np.int64(below) + total - fine
-            rank += _inside(values, plain, np.uint32(bits[j] - plain)) + equal(ahead, bits[j])
-        kept[j] = np.uint8(np.uint16(drawn[j] ^ _HALF) < bounds[rank])
+            bin_ = bins[j]
+            less, equal = _around(fine, _plain(bits[j], least), bits[j])
+            first = _first(bin_, sums, starts) + sums[0, bin_] - sums[2, bin_] + less
+            last = first + equal - 1
+        kept[j] = np.uint8(np.uint16(drawn[j] ^ _HALF) < bounds[first + last])
 
 
 @compiled
@@ -240,41 +178,37 @@ def choose_row(bits: Any, high: Any, drawn: Any, bounds: Any, kept: Any, room: A
         bits: uint32 [elements], of magnitudes in float32; fewer than 2¹⁶.
         high: uint32, the largest of them.
         drawn: int16 [elements].
-        bounds: uint16 [elements], ascending: the draws, as unsigned numbers, that keep the element
-            of a rank are below its bound.
+        bounds: uint16 [2·elements − 1], ascending: draws, as unsigned numbers, keep elements that
+            are equal if they are below the bound numbered by the first's rank and the last's, added
+            up.
         kept: uint8 [elements].
         room: what `rooms` returned.
     """
     bits, drawn, bounds, kept = borrowed(bits), borrowed(drawn), borrowed(bounds), borrowed(kept)
     lists, tables, sums = borrowed(room[0]), borrowed(room[1]), borrowed(room[2])
-    limits, numbers, values = borrowed(room[3]), borrowed(room[4]), borrowed(room[5])
-    bins, before, room = lists[0], lists[1], (lists, tables, sums)
-    places, opened, late = numbers[0], numbers[1], numbers[2]
+    limits, numbers = borrowed(room[3]), borrowed(room[4])
+    bins, fine, places, opened = lists[0], lists[1], numbers[0], numbers[1]
+    starts, lows, highs = limits[0], limits[1], limits[2]
     least = np.uint16(max(high >> _SHIFT, np.uint32(_BINS - 1)) - np.uint32(_BINS - 1))
-    row, half = bits.size, _half(bits)
-    _place(bits, least, bins, before)
-    places = places[: marked(before, places)]
-    _count(bins, tables, before)
-    _start(tables, sums[0], sums[1])
-    if places.size * _CROWD > row:  # as if all were fine
-        places, values = np.arange(row).astype(np.uint16), bits
-        _copy(sums[0], sums[2])
+    _place(bits, least, bins, fine)
+    places = places[: marked(fine, places)]
+    _count(bins, tables)
+    sums[1, :LANES] = 0
+    _sum_columns(tables[0], tables[1], sums[0], sums[1])
+    _limits(sums[0], sums[1], bounds, starts, lows, highs)
+    opened = opened[: sift(drawn, bins, lows, highs, kept, opened)]
+    crowd = places.size * _CROWD > bits.size
+    if crowd:  # as if all were fine
+        sums[2] = sums[0]
     else:
-        values = values[: places.size]
         sums[2] = 0
-        for i in range(places.size):
-            values[i] = bits[places[i]]
-            sums[2, bins[places[i]]] += _ONE
-    lows, highs = limits[0], limits[1]
-    _limits(sums[1], bounds, lows, highs)
-    count = np.uint64(0)
-    for part in range(2):
-        here = slice(half, row) if part else slice(0, half)
-        first = half if part else 0
-        found = sift(drawn[here], bins[here], first, lows, highs, kept[here], opened)
-        more = (bits, least, drawn, bounds, tables[part], room, kept, late, count)
-        count = _compare(opened[:found], *more)
-    _settle(late[:count], bits, least, drawn, bounds, places, values, room, kept)
+        for j in places:
+            sums[2, bins[j]] += _ONE
+    more = (bits, least, drawn, bounds, bins, sums, starts)
+    late = opened[: _compare(opened, *more, kept)]
+    if late.size > 0:
+        values = bits if crowd else bits[places]
+        _settle(late, *more, values, kept)
 
 
 @compiled

@@ -73,7 +73,7 @@ def thinned(
         row: elements of a row, fewer than 2¹⁶.
         start: number of the first element.
         keys: uint64 [models], which draws follow from.
-        bounds: uint16 [models, row], what draws are below if they keep the element of a rank.
+        bounds: uint16 [models, 2·row − 1], what draws are below if they keep: see `choose_row`.
         whole: bool [models], whether everything is kept instead.
         sums: float64 [2, models], for Σ|δ| of everything, and of what is kept.
         out: uint8 [models, elements / 8, rounded up], for what is kept, as bits.

@@ -84,25 +84,20 @@ def draws(key: int, start: int, count: int, device: torch.device) -> Tensor:
     return words.view(torch.int16)[begin : begin + count]
 
 
-def thin(delta: Tensor, row: int, drawn: Tensor, surely: int, maybe: int, needed: Tensor) -> None:
+def thin(delta: Tensor, drawn: Tensor, bounds: Tensor) -> None:
     """Set elements of whole rows to zero, as `_rank.thin_by_rank` does.
 
     Args:
         delta: whole rows, flat; changed in place.
-        row: elements of a row.
         drawn: int16, one for each element.
-        surely: draws below it, as unsigned numbers, keep whatever the rank.
-        maybe: draws from it on keep nothing.
-        needed: for each draw the least rank that is kept, int32 [2¹⁶].
+        bounds: int64 [2·row − 1], for sums of the first and the last rank of equal elements: what
+            draws, as unsigned numbers, are below if they keep.
     """
-    keys = delta.abs().float().view(torch.int32).view(-1, row).to(torch.int64)
-    keys = (keys << 32) | torch.arange(row, device=delta.device)
-    draw = drawn.int() + 2**15
-    kept = draw < surely
-    undecided = (draw < maybe) & ~kept
-    ranks = needed.to(delta.device)[draw].long().clamp_(max=row - 1)
-    bound = keys.sort(dim=1).values.gather(1, ranks.view(-1, row))
-    delta.mul_(kept | (undecided & (keys >= bound).view(-1)))
+    magnitudes = delta.abs().float().view(-1, len(bounds) // 2 + 1)
+    ordered = magnitudes.sort(dim=1).values
+    ranks = torch.searchsorted(ordered, magnitudes)
+    ranks += torch.searchsorted(ordered, magnitudes, right=True) - 1
+    delta.mul_(drawn.int() + 2**15 < bounds.to(delta.device)[ranks].view(-1))
 
 
 def _signed(word: int) -> int:

@@ -2,7 +2,8 @@
 
 Source: Deep et al., "DELLA-Merging", arXiv 2406.11617. In memory: the rows of one block, as keys of
 eight bytes, and their sorted copy; only rows are sorted, never a tensor. Compiled, long ones are
-not sorted at all: see `kernels.ranking`.
+not sorted at all: see `kernels.ranking`. Ranks go by magnitude in float32; equal magnitudes, of
+which differences of half-precision numbers have many, share the mean of theirs.
 """
 
 from __future__ import annotations
@@ -34,38 +35,26 @@ def check(params: Params) -> str:
     return ""
 
 
-def _bounds(density: float, epsilon: float, row: int) -> Any:
-    """Return for each rank, from 0, below which draws of 16 bits an element is kept: int64 [row].
-
-    As unsigned numbers. An element of rank r among n is kept with probability
-    density − ε + 2ε·r/(n−1).
-    """
-    import numpy as np
-
-    span = 2 * epsilon / (row - 1) if row > 1 else 0.0
-    lowest = density - epsilon if row > 1 else density
-    return np.round((lowest + span * np.arange(row)) * 2**16).astype(np.int64)
-
-
 @lru_cache(maxsize=64)
-def _ranks_needed(density: float, epsilon: float, row: int) -> tuple[int, int, Any]:
-    """Return for each draw of 16 bits the rank (from 0) from which on an element is kept.
+def _bounds(density: float, epsilon: float, row: int) -> Any:
+    """Return below which draws of 16 bits keep elements, as unsigned numbers: int64 [2·row − 1].
 
-    Draws below a first bound keep any rank, and from a second bound on none: the bounds, and an
-    array [2¹⁶] of int32 with the ranks, all by draws as unsigned numbers.
+    Of rank r, from 0, among n they are kept with probability density − ε + 2ε·r/(n−1). The ranks of
+    equal ones are first, …, last; r is their mean, and (first + last) the number of their bound.
     """
     import numpy as np
 
-    bounds = _bounds(density, epsilon, row)
-    needed = np.searchsorted(bounds, np.arange(2**16), side="right").astype(np.int32)
-    return int(bounds[0]), int(bounds[-1]), needed
+    if row == 1:
+        return np.round(np.array([density]) * 2**16).astype(np.int64)
+    ranks = np.arange(2 * row - 1) / 2
+    return np.round((density - epsilon + 2 * epsilon / (row - 1) * ranks) * 2**16).astype(np.int64)
 
 
 @lru_cache(maxsize=64)
 def _narrow(
     shares: tuple[float, ...], epsilons: tuple[float, ...], row: int
 ) -> tuple[Any, Any] | None:
-    """Return bounds as kernels take them, uint16 [deltas, row], and which deltas have none.
+    """Return bounds as kernels take them, uint16 [deltas, 2·row − 1], and which deltas have none.
 
     None where there are deltas, or rows, for which it cannot be done.
     """
@@ -73,7 +62,7 @@ def _narrow(
 
     if not _SHORT <= row < _LONG:
         return None
-    bounds, whole = np.zeros((len(shares), row), np.int64), np.array(shares) >= 1
+    bounds, whole = np.zeros((len(shares), 2 * row - 1), np.int64), np.array(shares) >= 1
     for i, (share, epsilon) in enumerate(zip(shares, epsilons, strict=True)):
         if share < 1:
             bounds[i] = _bounds(share, epsilon, row)
@@ -83,8 +72,7 @@ def _narrow(
 def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: Place) -> None:
     """Set elements of whole rows to zero, the likelier the smaller they are in their row.
 
-    Ranks go by magnitude in float32; equal magnitudes rank by position. A row of one element is
-    kept with probability `density`.
+    A row of one element is kept with probability `density`.
     """
     density, epsilon = densities(params)[index], params["epsilon"][index + 1]
     if density <= 0:
@@ -99,8 +87,7 @@ def thin_by_rank(index: int, delta: Tensor, params: Params, found: Any, place: P
         from moeforge.methods._gpu import thin
 
         drawn = drawn_there(key, place.start, delta.numel(), delta.device)
-        surely, maybe, needed = _ranks_needed(density, epsilon, row)
-        thin(delta, row, drawn, surely, maybe, torch.from_numpy(needed))
+        thin(delta, drawn, torch.from_numpy(_bounds(density, epsilon, row)))
         return
     keep(delta, large(index, delta.abs(), params, place))
 
@@ -126,19 +113,21 @@ def large(index: int, magnitudes: Tensor, params: Params, place: Place) -> Any:
         found = np.empty(values.size, np.uint8)
         choose(values.view(np.uint32), row, drawn, narrow[0][0], found)
         return found.view(np.bool_)
-    surely, maybe, needed = _ranks_needed(density, epsilon, row)
-    bits = values.view(np.int32).reshape(-1, row)
     # One key per element, in the order of magnitude and then of position.
-    keys = bits.astype(np.int64)
+    keys = values.view(np.int32).astype(np.int64)
     keys <<= 32
-    keys |= np.arange(row, dtype=np.int64)
-    ordered = np.sort(keys, axis=1).reshape(-1)
-    kept = drawn < surely - 2**15
-    # Of most elements the draw alone decides; only of the others the rank is looked at.
-    open_ = np.flatnonzero((drawn < maybe - 2**15) ^ kept)
-    ranks = needed.take(drawn.take(open_).astype(np.int64) + 2**15)
-    kept[open_] = keys.reshape(-1).take(open_) >= ordered.take(open_ // row * row + ranks)
-    return kept
+    keys |= np.arange(keys.size)
+    keys.reshape(-1, row).sort(axis=1)
+    upper, new = keys >> 32, np.ones(keys.size, np.bool_)
+    np.not_equal(upper[1:], upper[:-1], out=new[1:])
+    new[::row] = True
+    groups = np.flatnonzero(new)  # of equal ones in a row, by the first's place
+    sizes = np.diff(groups, append=keys.size)
+    bounds = _bounds(density, epsilon, row).take(2 * (groups % row) + sizes - 1) - 2**15
+    keys &= 2**32 - 1
+    limits = np.empty(keys.size, np.int32)
+    limits[keys] = bounds.astype(np.int32).repeat(sizes)
+    return drawn < limits
 
 
 def thinned(matrix: Any, params: Params, place: Place) -> tuple[list[Any], Kept] | None:
