@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 from moeforge import engine, kernels, methods
 from moeforge.engine import Settings, buffers, evaluate, writer
-from moeforge.engine.jobs import CHUNK
-from moeforge.methods import REQUIRED, _random, _rank, _task
+from moeforge.methods import CHUNK, REQUIRED, _random, _rank, _task
 from moeforge.output.layout import lay_out
 from moeforge.plans import Merge, Plan, PlannedTensor, Read
 from moeforge.sources.memory import MemorySource

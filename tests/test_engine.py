@@ -20,13 +20,13 @@ from test_crash import RECIPES
 
 import moeforge
 from moeforge import engine, forge, kernels
-from moeforge.engine import Settings, jobs, processes, reading, seal
+from moeforge.engine import Settings, processes, reading, seal, slices
 from moeforge.engine.evaluate import Evaluator
-from moeforge.engine.jobs import CHUNK, CopyJob
+from moeforge.engine.jobs import CopyJob
 from moeforge.engine.reading import Reader
 from moeforge.engine.rows import Whole
 from moeforge.errors import BuildError
-from moeforge.methods import BLOCK, _select
+from moeforge.methods import BLOCK, CHUNK, _select
 from moeforge.output.layout import Shard, lay_out
 from moeforge.plans import (
     Concat,
@@ -323,7 +323,7 @@ def several(make, kinds=(MemorySource,) * 3, rows=ROWS):
 @pytest.fixture
 def workers(monkeypatch):
     """Make tensors of the size here large; return the numbers of processes that builds used."""
-    monkeypatch.setattr(jobs, "CHUNK", 2**17)
+    monkeypatch.setattr(slices, "CHUNK", 2**17)
     monkeypatch.setattr(engine, "CHUNK", 2**17)
     monkeypatch.setattr(_select, "SMALL", 2**12)
     used, real = [], processes.run

@@ -10,8 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moeforge import engine
-from moeforge.engine import CopyJob, MergeJob, Settings, evaluate, jobs, reading, reshape, rows
+from moeforge import engine, methods
+from moeforge.engine import (
+    CopyJob,
+    MergeJob,
+    Settings,
+    evaluate,
+    jobs,
+    reading,
+    reshape,
+    rows,
+    slices,
+)
 from moeforge.methods import _sums
 from moeforge.output.layout import lay_out
 from moeforge.plans import (
@@ -45,11 +55,12 @@ def small(monkeypatch):
     """Make a few thousand elements many chunks, bands, blocks and windows."""
     for module, name, value in (
         (engine, "CHUNK", 2**11),
-        (jobs, "CHUNK", 2**11),
+        (slices, "CHUNK", 2**11),
         (reshape, "BAND", 2**11),
         (reshape, "BLOCK", 2**8),
         (rows, "BLOCK", 2**8),
-        (evaluate, "BLOCK", 2**8),
+        (slices, "BLOCK", 2**8),
+        (methods, "BLOCK", 2**8),
         (_sums, "BLOCK", 2**8),
         (reading, "WINDOW", 2**10),
     ):

@@ -161,10 +161,13 @@ def test_elements_are_listed_in_order(size):
 
 @pytest.mark.parametrize(
     ("shape", "epsilon"),
-    [((4, 300), 0.1), ((100, 40), 0.1), ((3, 70_000), 0.1), ((4, 300), 0.4999999)],
+    [((4, 300), 0.1), ((4000, 40), 0.1), ((3, 70_000), 0.1), ((700, 300), 0.4999999)],
 )
 def test_rows_of_all_lengths_are_thinned_alike(tmp_path, monkeypatch, shape, epsilon):
-    """Short and long ones, and such as need all draws and one more, are sorted; not the first."""
+    """Short and long ones, and such as need all draws and one more, are sorted; not the first.
+
+    The short and the last are many, which kernels are handed in several groups at a time.
+    """
     params = {
         **THREE,
         **DRAWN,
@@ -305,15 +308,20 @@ def test_sums_are_added_up_in_one_order(word):
     assert by_torch == by_kernels
 
 
-def test_sums_of_what_ranks_keep_are_added_up_in_one_order():
+@pytest.mark.parametrize("shape", [(31, 2051), (70, 2051), (4000, 40)])
+def test_sums_of_what_ranks_keep_are_added_up_in_one_order(shape):
+    """By torch, which is handed one group of rows at a time, and compiled, of rows long or not."""
     from moeforge.methods import Place
 
-    inputs, place = torch.stack(models((31, 2051), torch.float32)).flatten(1), Place((31, 2051), 3)
+    inputs, whole = torch.stack(models(shape, torch.float32)).flatten(1), Place(shape, 0)
     params = {**THREE, **DRAWN, "epsilon": (None, 0.1, 0.2, 0.1)}
-    scan = next(methods.load("della").measure(params, place))
-    by_torch, _ = scan.look(inputs.clone(), place)
+    scan = next(methods.load("della").measure(params, whole))
+    by_torch = []
+    for start in range(0, whole.numel, whole.group):
+        part = inputs[:, start : start + whole.group].clone()
+        by_torch += scan.look(part, Place(shape, start))[0]
     assert kernels.load(["thinning"], narrow=False)
-    by_kernels, _ = scan.look(inputs, place)
+    by_kernels, _ = scan.look(inputs, whole)
     assert [tuple(sums) for sums in by_torch] == [tuple(sums) for sums in by_kernels]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moeforge import methods
-from moeforge.engine import jobs
+from moeforge.engine import jobs, slices
 from moeforge.engine.evaluate import Evaluator
 from moeforge.engine.pool import Pool
 from moeforge.errors import BuildError
@@ -26,7 +26,7 @@ N = 300_011
 def small(monkeypatch):
     """Make everything small that decides how a tensor is looked through."""
     monkeypatch.setattr(_select, "SMALL", 2**12)
-    monkeypatch.setattr(jobs, "CHUNK", 2**17)
+    monkeypatch.setattr(slices, "CHUNK", 2**17)
     monkeypatch.setattr(_select, "CHUNK", 2**17)
 
 
@@ -162,7 +162,7 @@ def test_small_tensors_are_sorted():
 
 def test_a_large_tensor_with_nothing_made_small():
     """Two chunks of the real size, several counts of several quantities at once."""
-    n = jobs.CHUNK + 300_007
+    n = slices.CHUNK + 300_007
     one = torch.from_numpy(random(1).standard_normal(n).astype(np.float32)).bfloat16().float()
     two = random(2).standard_normal(n).astype(np.float32)
     counts = [[n // 5, n - 1], [n // 100, 0]]

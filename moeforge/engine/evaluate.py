@@ -16,16 +16,15 @@ from moeforge import kernels, methods
 from moeforge.engine import noise, reshape, rows
 from moeforge.engine.buffers import Buffer, torch_dtype
 from moeforge.engine.reading import Reader
+from moeforge.engine.slices import needs_rows, spans, unit
 from moeforge.methods import BLOCK, CHUNK, PADDING, Method, Place, Scan
 from moeforge.plans import (
     Affine,
     Columns,
     Concat,
-    Dequantize,
     Expr,
     Fill,
     Gather,
-    Lora,
     Merge,
     Noise,
     Plan,
@@ -49,26 +48,6 @@ _MOVES = (Gather, Rows, Columns, Transpose)
 
 Stats = Mapping[int, Any]
 """What is known of whole tensors, by id of the expression."""
-
-
-def unit(plan: Plan, expr: Expr) -> int:
-    """Return the elements that slices of `expr` are multiples of.
-
-    A block; or, where something needs whole rows, rows that make about a block.
-    """
-    if not needs_rows(expr):
-        return BLOCK
-    row = Place(plan.shape(expr), 0).row
-    return row * max(1, BLOCK // row)
-
-
-def needs_rows(expr: Expr) -> bool:
-    """Say whether anything in `expr` is computed row by row."""
-    return any(
-        isinstance(part, (Lora, Dequantize))
-        or (isinstance(part, Merge) and methods.load(part.method).rows(dict(part.params)))
-        for part in walk(expr)
-    )
 
 
 class _Merging(NamedTuple):
@@ -177,15 +156,23 @@ class Evaluator:
         wanted = {id(part) for part in parts}
         self.bands = {key: band for key, band in self.bands.items() if key[0] in wanted}
 
-    def slices(self, expr: Expr, start: int, count: int) -> Iterator[tuple[int, int]]:
+    def slices(
+        self, expr: Expr, working: torch.dtype, start: int, count: int
+    ) -> Iterator[tuple[int, int]]:
         """Yield start and length of each slice of [start, start + count)."""
         step = unit(self.plan, expr)
-        if not needs_rows(expr):
+        if not needs_rows(expr) or self._grouped(expr, working):
             step *= max(1, self._size // step)
         elif self._stream is not None:  # always the same groups of rows here, too, and large ones
             step *= max(1, CHUNK // step)
-        for begin in range(start, max(start + count, start + 1), step):
-            yield begin, min(step, start + count - begin)
+        return spans(start, count, step)
+
+    def _grouped(self, expr: Expr, working: torch.dtype) -> bool:
+        """Say whether kernels take several groups of rows at a time."""
+        if not isinstance(expr, Merge):
+            return False
+        merging = self._known(expr, working)
+        return merging.as_stored and merging.method.grouped
 
     def produce(
         self, expr: Expr, working: DType, dtype: DType, whole: Whole, start: int, count: int
@@ -197,7 +184,7 @@ class Evaluator:
         self.begin(expr, start + count)
         size, is_stored = dtype.itemsize, self._stored(expr) == dtype
         with self._arithmetic():
-            for begin, length in self.slices(expr, start, count):
+            for begin, length in self.slices(expr, torch_dtype(working), start, count):
                 if self._output.size < length * size:
                     self._output = Buffer(length * size, pinned=self._stream is not None)
                 data = self._output.view(length * size)
@@ -259,7 +246,7 @@ class Evaluator:
         self.begin(node, start + count)
         merging, found = self._known(node, torch_dtype(working)), []
         with self._arithmetic():
-            for begin, length in self.slices(node, start, count):
+            for begin, length in self.slices(node, merging.working, start, count):
                 mark = self._used
                 tensors = self._inputs(node, merging, whole, begin, length)
                 found.append(scan.look(tensors, Place(merging.shape, begin)))
@@ -384,7 +371,7 @@ class Evaluator:
         if merging.by_rows:  # some of a vector's elements may be wanted: its rows
             lead = start % place.row
             count = -(-(lead + count) // place.row) * place.row
-            place = Place(place.shape, start - lead)
+            place = Place(place.shape, start - lead, out if count == out.numel() else None)
         tensors = self._inputs(node, merging, whole, place.start, count)
         merged = method.merge(tensors, params, whole.stats.get(id(node)), place)
         if merged is not out:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moeforge import methods
 from moeforge.engine.failures import OddValues, short, whence
 from moeforge.engine.runs import measured_levels, sample_runs
-from moeforge.methods import CHUNK, RUN, Measurement, Place, Scan
+from moeforge.engine.slices import chunks, needs_rows
+from moeforge.methods import RUN, Measurement, Place, Scan
 from moeforge.output.layout import Shard
 from moeforge.plans import Expr, Merge, Plan, Read, pieces, walk
 from moeforge.sources import FileSpan, lies
@@ -216,10 +217,8 @@ class MergeJob:
 
     def chunks(self) -> Iterator[Callable[[Evaluator | None, Report], None]]:
         """Yield the chunks of the scans, or, when all is known, of the result."""
-        from moeforge.engine.evaluate import needs_rows
-
         if not self._running:
-            for start, count in self._ranges(self.expr, self.numel):
+            for start, count in chunks(self.plan, self.expr, self.numel):
                 yield lambda worker, report, s=start, n=count: self._write(worker, s, n, report)  # type: ignore[misc]
             return
         for job in self._running:
@@ -228,7 +227,7 @@ class MergeJob:
                 runs = sample_runs(numel, RUN, min(SAMPLE, numel // 64) // RUN)
                 yield lambda worker, report, j=job, r=runs: self._sample(worker, j, r, report)  # type: ignore[misc]
                 continue
-            ranges = job.scan.runs or self._ranges(job.node, self._place(job.node).numel)
+            ranges = job.scan.runs or chunks(self.plan, job.node, self._place(job.node).numel)
             if job.scan.sample:
                 row = self._place(job.node).row if needs_rows(job.node) else 1
                 length = -(-SAMPLE // COARSE // row) * row
@@ -269,21 +268,11 @@ class MergeJob:
         except StopIteration as end:
             self._whole.stats[id(node)] = end.value
 
-    def _ranges(self, expr: Expr, numel: int) -> Iterator[tuple[int, int]]:
-        from moeforge.engine.evaluate import unit
-
-        step = unit(self.plan, expr)
-        step *= max(1, CHUNK // step)
-        for start in range(0, max(numel, 1), step):
-            yield start, min(step, numel - start)
-
     def _place(self, node: Expr) -> Place:
         return Place(self.plan.shape(node), 0)
 
     def _are_reads(self, node: Merge) -> bool:
         """Say whether any elements of the inputs can be looked at out of their place."""
-        from moeforge.engine.evaluate import needs_rows
-
         return all(isinstance(i, Read) for i in node.inputs) and not needs_rows(node)
 
     def _sample(

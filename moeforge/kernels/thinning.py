@@ -64,18 +64,27 @@ def _add_kept(values: Any, kept: Any, number: Any, sums: Any) -> None:
 
 @compiled
 def thinned(
-    matrix: Any, row: Any, start: Any, keys: Any, bounds: Any, whole: Any, sums: Any, out: Any
+    matrix: Any,
+    row: Any,
+    group: Any,
+    start: Any,
+    keys: Any,
+    bounds: Any,
+    whole: Any,
+    sums: Any,
+    out: Any,
 ) -> None:
     """Find what is kept of each model's differences from the base.
 
     Args:
-        matrix: base and models; whole rows, at most a block.
+        matrix: base and models; whole rows.
         row: elements of a row, fewer than 2¹⁶.
+        group: elements of the rows that are added up together.
         start: number of the first element.
         keys: uint64 [models], which draws follow from.
         bounds: uint16 [models, 2·row − 1], what draws are below if they keep: see `choose_row`.
         whole: bool [models], whether everything is kept instead.
-        sums: float64 [2, models], for Σ|δ| of everything, and of what is kept.
+        sums: float64 [groups, 2, models], for Σ|δ| of everything, and of what is kept.
         out: uint8 [models, elements / 8, rounded up], for what is kept, as bits.
     """
     values, words = np.empty(row, np.float32), np.empty(row // 4 + 2, np.uint64)
@@ -86,7 +95,8 @@ def thinned(
         for first in range(0, matrix.shape[1], row):
             here = slice(first, first + row)
             inputs = (matrix[i + 1, here], matrix[0, here])
-            high = _magnitudes(*inputs, first, values, lanes[0])
+            number = first % group
+            high = _magnitudes(*inputs, number, values, lanes[0])
             if whole[i]:
                 kept[here] = 1
             else:
@@ -95,8 +105,9 @@ def thinned(
                 odd = start + first - 4 * word
                 given = (values.view(np.uint32), high, drawn[odd : odd + row], bounds[i])
                 ranking.choose_row(*given, kept[here], room)
-            _add_kept(values, kept[here], first, lanes[1])
-        fold(lanes, sums[:, i])
+            _add_kept(values, kept[here], number, lanes[1])
+            if number + row == group or first + row == matrix.shape[1]:
+                fold(lanes, sums[first // group, :, i])
         pack(kept, out[i])
 
 
@@ -105,5 +116,5 @@ def warm(kind: Any) -> None:
     ranking.warm(kind)
     matrix: Any = np.zeros((2, 2), kind)
     keys, bounds = np.zeros(1, np.uint64), np.zeros((1, 2), np.uint16)
-    sums, out = np.zeros((2, 1)), np.zeros((1, 1), np.uint8)
-    thinned(matrix, 2, 0, keys, bounds, np.zeros(1, np.bool_), sums, out)
+    sums, out = np.zeros((1, 2, 1)), np.zeros((1, 1), np.uint8)
+    thinned(matrix, 2, 2, 0, keys, bounds, np.zeros(1, np.bool_), sums, out)

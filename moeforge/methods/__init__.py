@@ -75,6 +75,11 @@ class Place:
         return max(self.shape[-1], 1) if self.shape else 1
 
     @property
+    def group(self) -> int:
+        """Elements of as many rows as make about a block; one, if it is longer."""
+        return self.row * max(1, BLOCK // self.row)
+
+    @property
     def numel(self) -> int:
         """Elements of the whole tensor."""
         return prod(self.shape)
@@ -90,7 +95,7 @@ class Scan:
     Attributes:
         look: (tensors, place) -> something. Called for slices that begin at multiples of BLOCK from
             the start of the chunk or run; for methods that need whole rows, always for the same
-            groups of rows. The tensors are scratch as in `merge`.
+            groups of rows, several if it is `grouped`. The tensors are scratch as in `merge`.
         join: turns what `look` gave for the pieces of one chunk, in order, into one thing. What a
             chunk is does not depend on how the work is divided.
         runs: element ranges (start, count) to look at; None for the whole tensor. Each run is a
@@ -128,6 +133,8 @@ class Method:
             "non_base" parameter is None); "none": a base is an ordinary input.
         measure: (params, place) -> what must be known of the whole tensor first; None for nothing.
         rows: (params) -> whether slices must be made of whole rows, along the last dimension.
+        grouped: whether it may be handed several groups of rows at a time where it is handed them
+            as they are stored, see `kernels`.
         kernels: files of `kernels` that it uses; where there are some and they are loaded, it may
             be handed rows in bfloat16 as they are stored, and widens them itself.
         multiplies: whether it has BLAS multiply, which not every process may, see `workers`.
@@ -143,6 +150,7 @@ class Method:
     base: Literal["required", "optional", "none"] = "none"
     measure: Callable[[Params, Place], Measurement] | None = None
     rows: Callable[[Params], bool] = lambda params: False
+    grouped: bool = False
     kernels: tuple[str, ...] = ()
     multiplies: bool = False
     random: bool = False

@@ -131,7 +131,7 @@ def large(index: int, magnitudes: Tensor, params: Params, place: Place) -> Any:
 
 
 def thinned(matrix: Any, params: Params, place: Place) -> tuple[list[Any], Kept] | None:
-    """Return, of each block, Σ|x| of the deltas, then of what is kept of them; and what that is.
+    """Return, of each group, Σ|x| of the deltas, then of what is kept of them; and what that is.
 
     None where kernels do not choose among rows of this length, or by these chances.
 
@@ -148,8 +148,8 @@ def thinned(matrix: Any, params: Params, place: Place) -> tuple[list[Any], Kept]
         return None
     from moeforge.kernels.thinning import thinned as compiled
 
-    sums = np.empty((2, len(shares)))
+    sums = np.zeros((max(-(-count // place.group), 1), 2, len(shares)))
     bits = np.empty((len(shares), -(-count // 8)), np.uint8)
     drawn = keys_of(params["key"], len(shares))
-    compiled(matrix, place.row, place.start, drawn, *narrow, sums, bits)
-    return [sums.flatten().tolist()], {(place.start, count): bits}
+    compiled(matrix, place.row, place.group, place.start, drawn, *narrow, sums, bits)
+    return sums.reshape(len(sums), -1).tolist(), {(place.start, count): bits}

@@ -260,6 +260,12 @@ def task_method(
             holds = fits and (chances is not None or thinned is not None)
             drawn = chances(params) if chances is not None else None
 
+            def sums_of(parts: Tensor, here: Place) -> list[list[float]]:
+                if not rows or parts.device.type != "cpu":
+                    return absolute(parts)
+                groups = parts.split(here.group, 1)  # type: ignore[no-untyped-call]
+                return [line for group in groups for line in absolute(group)]
+
             def look(tensors: Tensor, here: Place) -> tuple[list[tuple[float, ...]], Kept]:
                 matrix = kernels.matrix(tensors)
                 if drawn is not None and matrix is not None:
@@ -271,8 +277,8 @@ def task_method(
                     if result is not None:
                         return result
                 parts = deltas(tensors)
-                whole = absolute(parts)
-                kept = absolute(sparsified(parts, params, found, here))
+                whole = sums_of(parts, here)
+                kept = sums_of(sparsified(parts, params, found, here), here)
                 sums = [(*a, *b) for a, b in zip(whole, kept, strict=True)]
                 return sums, _packed(parts, here) if holds else {}
 
@@ -336,6 +342,7 @@ def task_method(
         base="required",
         kernels=("differences", *drawing),
         measure=measure,
+        grouped=rows,
         rows=lambda params: rows and any(share < 1 for share in densities(params)),
         random=bool(drawing),
         check=check,
