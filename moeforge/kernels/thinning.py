@@ -89,26 +89,31 @@ def thinned(
     """
     values, words = np.empty(row, np.float32), np.empty(row // 4 + 2, np.uint64)
     drawn = words.view(np.int16)
-    kept, room = np.zeros(8 * out.shape[1], np.uint8), ranking.rooms(row)
+    # Packed eight rows at a time, which are whole bytes: memory for all choices would be large
+    # enough for malloc to give it back each time.
+    kept, room = np.zeros(8 * row, np.uint8), ranking.rooms(row)
     lanes = np.zeros((2, STRETCH), np.float32)
     for i in range(keys.size):
         for first in range(0, matrix.shape[1], row):
-            here = slice(first, first + row)
-            inputs = (matrix[i + 1, here], matrix[0, here])
+            here, before = slice(first, first + row), first % kept.size
+            inputs, choices = (matrix[i + 1, here], matrix[0, here]), kept[before : before + row]
             number = first % group
             high = _magnitudes(*inputs, number, values, lanes[0])
             if whole[i]:
-                kept[here] = 1
+                choices[:] = 1
             else:
                 word = (start + first) // 4
                 words_of(keys[i], word, words)
                 odd = start + first - 4 * word
                 given = (values.view(np.uint32), high, drawn[odd : odd + row], bounds[i])
-                ranking.choose_row(*given, kept[here], room)
-            _add_kept(values, kept[here], number, lanes[1])
+                ranking.choose_row(*given, choices, room)
+            _add_kept(values, choices, number, lanes[1])
+            done = before + row
+            if done == kept.size or first + row == matrix.shape[1]:
+                kept[done:] = 0
+                pack(kept, out[i, (first - before) // 8 : (first + row + 7) // 8])
             if number + row == group or first + row == matrix.shape[1]:
                 fold(lanes, sums[first // group, :, i])
-        pack(kept, out[i])
 
 
 def warm(kind: Any) -> None:
