@@ -13,52 +13,45 @@ from moeforge.kernels import ranking
 from moeforge.kernels.bits import pack
 from moeforge.kernels.drawing import words_of
 from moeforge.kernels.lanes import fold
-from moeforge.kernels.rows import STRETCH, as_bits, borrowed, compiled, wide
+from moeforge.kernels.rows import (
+    PADDED,
+    STRETCH,
+    ZERO,
+    as_bits,
+    borrowed,
+    compiled,
+    rows_of,
+    wide,
+)
 
 
 @compiled
-def _add_magnitudes(row: Any, base: Any, out: Any, sums: Any) -> Any:
-    high = np.uint32(0)
-    for j in range(row.size):
+def _magnitudes(row: Any, base: Any, out: Any) -> Any:
+    """Put magnitudes of differences into `out`, and return the bits of the largest."""
+    row, base, out, high = borrowed(row), borrowed(base), borrowed(out), np.uint32(0)
+    for j in range(out.size):
         value = abs(wide(row[j]) - wide(base[j]))
         out[j] = value
-        sums[j] += value
         high = max(high, as_bits(value))
     return high
 
 
 @compiled
-def _magnitudes(row: Any, base: Any, number: Any, out: Any, sums: Any) -> Any:
-    """Put magnitudes of differences into `out`, and add them to `sums`, by their numbers.
-
-    Returns:
-        The bits of the largest.
-    """
-    row, base, out, sums = borrowed(row), borrowed(base), borrowed(out), borrowed(sums)
-    high, begin = np.uint32(0), 0
-    while begin < row.size:
-        lane = (number + begin) % STRETCH
-        end = min(begin + STRETCH - lane, row.size)
-        here = slice(begin, end)
-        high = max(high, _add_magnitudes(row[here], base[here], out[here], sums[lane:]))
-        begin = end
-    return high
-
-
-@compiled
-def _add(values: Any, kept: Any, sums: Any) -> None:
+def _add_stretch(values: Any, kept: Any, sums: Any) -> None:
+    # In one array, a known distance apart: compiled for vectors without asking where they lie.
     for j in range(values.size):
-        sums[j] += values[j] * np.float32(kept[j])
+        sums[j] += values[j]
+        sums[PADDED + j] += values[j] * np.float32(kept[j])
 
 
 @compiled
-def _add_kept(values: Any, kept: Any, number: Any, sums: Any) -> None:
-    """Add what is kept of `values` to `sums`, by their numbers."""
-    values, kept, sums, begin = borrowed(values), borrowed(kept), borrowed(sums), 0
+def _add(values: Any, kept: Any, number: Any, lanes: Any) -> None:
+    """Add `values`, and those that are kept, to their lanes; `number` is the first one's."""
+    values, kept, sums, begin = borrowed(values), borrowed(kept), borrowed(lanes).reshape(-1), 0
     while begin < values.size:
         lane = (number + begin) % STRETCH
         end = min(begin + STRETCH - lane, values.size)
-        _add(values[begin:end], kept[begin:end], sums[lane:])
+        _add_stretch(values[begin:end], kept[begin:end], sums[lane:])
         begin = end
 
 
@@ -92,13 +85,14 @@ def thinned(
     # Packed eight rows at a time, which are whole bytes: memory for all choices would be large
     # enough for malloc to give it back each time.
     kept, room = np.zeros(8 * row, np.uint8), ranking.rooms(row)
-    lanes = np.zeros((2, STRETCH), np.float32)
+    lanes = rows_of(2)
+    lanes[:] = ZERO
     for i in range(keys.size):
         for first in range(0, matrix.shape[1], row):
             here, before = slice(first, first + row), first % kept.size
             inputs, choices = (matrix[i + 1, here], matrix[0, here]), kept[before : before + row]
             number = first % group
-            high = _magnitudes(*inputs, number, values, lanes[0])
+            high = _magnitudes(*inputs, values)
             if whole[i]:
                 choices[:] = 1
             else:
@@ -107,7 +101,7 @@ def thinned(
                 odd = start + first - 4 * word
                 given = (values.view(np.uint32), high, drawn[odd : odd + row], bounds[i])
                 ranking.choose_row(*given, choices, room)
-            _add_kept(values, choices, number, lanes[1])
+            _add(values, choices, number, lanes)
             done = before + row
             if done == kept.size or first + row == matrix.shape[1]:
                 kept[done:] = 0
