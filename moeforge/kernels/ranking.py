@@ -225,5 +225,5 @@ def choose(bits: Any, row: Any, drawn: Any, bounds: Any, kept: Any) -> None:
 
 def warm(kind: Any) -> None:
     """Have everything compiled; magnitudes are float32."""
-    bits, kept, bounds = np.zeros(2, np.uint32), np.zeros(2, np.uint8), np.zeros(2, np.uint16)
-    choose(bits, 2, bounds.view(np.int16), bounds, kept)
+    bits, kept, bounds = np.zeros(2, np.uint32), np.zeros(2, np.uint8), np.zeros(3, np.uint16)
+    choose(bits, 2, np.zeros(2, np.int16), bounds, kept)

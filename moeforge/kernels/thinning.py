@@ -114,6 +114,6 @@ def warm(kind: Any) -> None:
     """Have everything compiled for matrices of numpy dtype `kind`."""
     ranking.warm(kind)
     matrix: Any = np.zeros((2, 2), kind)
-    keys, bounds = np.zeros(1, np.uint64), np.zeros((1, 2), np.uint16)
+    keys, bounds = np.zeros(1, np.uint64), np.zeros((1, 3), np.uint16)
     sums, out = np.zeros((1, 2, 1)), np.zeros((1, 1), np.uint8)
     thinned(matrix, 2, 2, 0, keys, bounds, np.zeros(1, np.bool_), sums, out)
