@@ -236,14 +236,14 @@ def test_files_that_a_worker_reads_are_closed_with_the_chunk(in_file, monkeypatc
         reading, "open_file", lambda *to: opened.append(open_file(*to)) or opened[-1]
     )
     monkeypatch.setattr(kernels, "_loaded", True)
-    working, kind, slices = BY_NAME["float32"], BY_NAME["bfloat16"], 0
+    working, kind, count = BY_NAME["float32"], BY_NAME["bfloat16"], 0
     worker, expr = Evaluator(in_file, BLOCK), in_file.tensors[0].expr
     for _, data in worker.produce(expr, working, kind, Whole(), 0, 3 * BLOCK):
-        slices += 1
+        count += 1
         assert bytes(data) == b"\x40\x40" * BLOCK, "threes"
         assert len(opened) == 1, "once for all slices"
         os.fstat(opened[0])
-    assert slices == 3
+    assert count == 3
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(opened[0])
 

@@ -12,7 +12,7 @@ import torch
 
 from moeforge.engine.dequantize import dequantized_rows
 from moeforge.engine.lora import adapted_rows
-from moeforge.methods import BLOCK, CHUNK
+from moeforge.methods import BLOCK, CHUNK, Place
 from moeforge.plans import Dequantize, Expr, Gather, Lora, RowTable
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ def evaluate(
     """Return elements [start, start + count) of `node`, in memory of their own."""
     if isinstance(node, Gather):
         return _gather(worker, node, working, whole, start, count)
-    columns = worker.plan.shape(node)[-1]
-    total = worker.plan.shape(node)[0]
+    place = Place(worker.plan.shape(node), start)
+    total, columns = place.shape[0], place.shape[-1]
     # Always the same groups of rows: a matrix product may depend on how many it is made for.
-    group = max(1, BLOCK // max(columns, 1))
+    group = place.group // place.row
     if worker.device.type == "cuda":
-        group *= max(1, CHUNK // (group * max(columns, 1)))
+        group *= max(1, CHUNK // place.group)
     first = start // columns // group * group if columns else 0
     end = min(-(-(start + count) // columns) if columns else 0, total)
     parts = [
