@@ -1,7 +1,7 @@
 """Owns DELLA's thinning: within each row, the larger a delta the likelier it is kept.
 
-Source: Deep et al., "DELLA-Merging", arXiv 2406.11617. In memory: the rows of one block, as keys of
-eight bytes, and their sorted copy; only rows are sorted, never a tensor. Compiled, long ones are
+Source: Deep et al., "DELLA-Merging", arXiv 2406.11617. In memory: the rows of one slice, as keys of
+eight bytes, and their magnitudes; only rows are sorted, never a tensor. Compiled, long ones are
 not sorted at all: see `kernels.ranking`. Ranks go by magnitude in float32; equal magnitudes, of
 which differences of half-precision numbers have many, share the mean of theirs.
 """
