@@ -3,8 +3,8 @@
 What is compiled gives the bits that the torch code beside it gives: the same operations on the same
 numbers in the same order, each rounded once, no product and sum contracted into one rounding. So it
 is a matter of speed alone, and where numba is missing, or an input is of another kind, torch does
-the work. Compiling takes some seconds once; numba keeps the result beside the package, or in the
-user's cache where it may not write there. For merges that are done sooner numba is not imported.
+the work. Compiling takes some seconds once, the result is kept: see `keeping`. For merges that are
+done sooner numba is not imported.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from moeforge.kernels import keeping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,10 +55,12 @@ def load(
     try:
         import numpy as np
 
+        kind = np.uint16 if narrow else np.float32
         with _quickly():
             for name in sorted(set(names)):
                 kernel = importlib.import_module(f"{__name__}.{name}")
-                kernel.warm(np.uint16 if narrow else np.float32)
+                with keeping.alone(name, kind.__name__):
+                    kernel.warm(kind)
     except Exception:  # numba refuses by many errors: its own, numpy's version, no folder
         return False
     finally:

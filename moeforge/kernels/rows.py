@@ -5,9 +5,6 @@ results are float32. Everything is done in stretches of a few thousand bytes tha
 first-level cache, by simple loops over one row each, which LLVM turns into vector instructions;
 `fastmath` is off, so it changes neither order nor rounding. Constants are float32, or numba would
 go on in float64.
-
-numba keeps what it compiled until the kernel's own file changes: after a change here, remove
-`__pycache__` of this folder.
 """
 
 from __future__ import annotations
@@ -15,8 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import float32, njit, types, uint32
+from numba import config, float32, njit, types, uint32
 from numba.extending import intrinsic, overload
+
+from moeforge.kernels.keeping import folder
 
 STRETCH = 1024
 PADDED = STRETCH + 16
@@ -26,7 +25,11 @@ ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 def compiled(function: Any) -> Any:
     """Return `function`, compiled when it is first called; threads may run it side by side."""
-    return njit(nogil=True, error_model="numpy", fastmath=False, cache=True)(function)
+    before, config.CACHE_DIR = config.CACHE_DIR, str(folder())  # asked for here, once
+    try:
+        return njit(nogil=True, error_model="numpy", fastmath=False, cache=True)(function)
+    finally:
+        config.CACHE_DIR = before
 
 
 @intrinsic  # type: ignore[untyped-decorator]
