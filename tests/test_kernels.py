@@ -192,6 +192,15 @@ def test_of_equal_differences_the_same_ones_belong(quick, tmp_path, monkeypatch,
     assert len(by_torch.unique()) > 1
 
 
+@pytest.mark.parametrize("shape", [(300,), (37, 2051)])
+def test_of_nothing_selected_no_spread_is_large_enough(quick, tmp_path, monkeypatch, shape):
+    """Squares of such differences are infinite in float32."""
+    inputs = [torch.full(shape, 1e30) * i for i in range(4)]
+    plan = plan_of("sce", {"select_topk": 0.0}, inputs)
+    monkeypatch.setattr(kernels, "WORTH", dict.fromkeys(kernels.WORTH, 0))
+    assert torch.equal(built(plan, tmp_path / "kernels")["y0"], inputs[0])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("word", ["linear", "ties"])
 def test_what_is_made_may_be_of_another_dtype(quick, tmp_path, monkeypatch, word, dtype):

@@ -84,7 +84,7 @@ def energies(matrix: Any, bounds: Any, border: Any, block: Any, sums: Any) -> No
     Args:
         matrix: base and models.
         bounds: float32 [2]: elements of at least this spread are selected, before `border` and
-            from it on; all of them, if it is negative.
+            from it on; all of them, if it is negative; none, if it is NaN.
         border: an element's number.
         block: elements in a block, a multiple of STRETCH.
         sums: float64 [blocks, models].

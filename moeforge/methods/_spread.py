@@ -85,6 +85,8 @@ def bounds(cut: Cut | None, start: int) -> tuple[Any, int]:
 
     if cut is None:
         return np.full(2, -1.0, np.float32), 0
+    if cut == NONE:  # not even spreads that are too large for float32
+        return np.full(2, np.nan, np.float32), 0
     value = np.float32(cut.value)
     return np.array([value, np.nextafter(value, np.float32(np.inf))]), cut.last + 1 - start
 
