@@ -1,5 +1,6 @@
 """What is compiled is kept for exactly the sources it comes of, by one process at a time."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -129,6 +130,22 @@ def test_nobody_waits_for_what_is_compiled(monkeypatch, tmp_path):
         let_go()
         kernels.unload()
     assert warmed == [np.uint16, np.uint16]
+
+
+def test_where_there_are_no_locks_it_is_compiled_nevertheless(monkeypatch, tmp_path):
+    pytest.importorskip("numba")
+    from moeforge.kernels import sums
+
+    def refuse(folder):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(keeping, "folder", lambda: tmp_path)
+    monkeypatch.setattr(keeping, "lock_folder", refuse)
+    warmed = []
+    monkeypatch.setattr(sums, "warm", warmed.append)
+    assert kernels.load(["sums"], narrow=False)
+    kernels.unload()
+    assert warmed == [np.float32]
 
 
 def test_what_failed_is_not_taken_for_compiled(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -35,12 +35,8 @@ def folder() -> Path:
     Raises:
         OSError: there is no such place.
     """
-    from numba import config
-
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    places = [_INSIDE, users / "moeforge" / "kernels"]
-    for place in [Path(config.CACHE_DIR)] if config.CACHE_DIR else places:
-        state, processor = _state()
+    state, processor = _state()
+    for place in _places():
         found = place / f"compiled-{state}-{processor}"
         is_new = not found.exists()
         try:
@@ -56,6 +52,17 @@ def folder() -> Path:
     raise OSError("what is compiled can be kept neither beside moeforge nor in the user's cache")
 
 
+def _places() -> Iterator[Path]:
+    from numba import config
+
+    if config.CACHE_DIR:
+        yield Path(config.CACHE_DIR)
+        return
+    yield _INSIDE
+    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    yield Path(users) / "moeforge" / "kernels"
+
+
 @contextmanager
 def alone(name: str, dtype: str) -> Iterator[None]:
     """Let no other process compile meanwhile, unless file `name` is compiled for `dtype`."""
@@ -63,13 +70,22 @@ def alone(name: str, dtype: str) -> Iterator[None]:
     if done.exists():
         yield
         return
-    while (let_go := lock_folder(folder())) is None:
-        time.sleep(_WAIT)
+    let_go = _locked()
     try:
         yield
         done.touch()
     finally:
         let_go()
+
+
+def _locked() -> Callable[[], None]:
+    """Return when no other process has the folder, or where the file system knows no locks."""
+    try:
+        while (let_go := lock_folder(folder())) is None:
+            time.sleep(_WAIT)
+    except OSError:
+        return lambda: None
+    return let_go
 
 
 def _state() -> tuple[str, str]:
