@@ -19,6 +19,8 @@ from typing import Protocol
 
 from blake3 import blake3
 
+from moeforge.system import user_cache
+
 BLAKE3, SHA256 = "blake3", "sha256"
 TITLES = {BLAKE3: "BLAKE3", SHA256: "SHA-256"}
 """The kinds of digests, as files of data and as people name them."""
@@ -131,6 +133,5 @@ def _state(path: Path) -> list[int]:
 
 def _entry(path: Path) -> Path:
     """Return the file that remembers `path`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
-    return Path(root) / "moeforge" / "hashes" / f"{name}.json"
+    return user_cache() / "hashes" / f"{name}.json"

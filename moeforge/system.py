@@ -206,6 +206,16 @@ def sync(path: Path) -> None:
 # --- folders -------------------------------------------------------------------------------------
 
 
+def user_cache() -> Path:
+    """Return the folder in the user's cache for what moeforge keeps from one command to the next.
+
+    Raises:
+        RuntimeError: nobody says where the user's home is.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "moeforge"
+
+
 def exchange(one: Path, other: Path) -> bool:
     """Let two paths change places in one step; say whether the file system can do that."""
     call = _call("renameat2")

@@ -17,6 +17,8 @@ from moeforge import kernels
 from moeforge.kernels import keeping
 from moeforge.system import lock_folder
 
+numba = pytest.importorskip("numba")
+
 HALVED = """
 import numpy as np
 from moeforge import kernels
@@ -29,6 +31,13 @@ print(hex(out[0]))
 """One times something three quarters of the way to the next bfloat16."""
 
 
+@pytest.fixture(autouse=True)
+def nowhere_else(monkeypatch):
+    """Nobody has told numba where to keep what it compiles."""
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+
+
 @pytest.fixture
 def copied(tmp_path):
     """A moeforge whose kernels can be edited."""
@@ -38,6 +47,16 @@ def copied(tmp_path):
         ignore=shutil.ignore_patterns("__pycache__"),
     )
     return tmp_path
+
+
+@pytest.fixture
+def kernel(monkeypatch, tmp_path):
+    """A file of kernels, what is compiled of which is kept in `tmp_path`."""
+    from moeforge.kernels import sums
+
+    monkeypatch.setattr(keeping, "folder", lambda: tmp_path)
+    yield sums
+    kernels.unload()
 
 
 def halved(folder, **env):
@@ -92,14 +111,10 @@ def test_nothing_is_compiled_where_it_cannot_be_kept(monkeypatch, tmp_path):
         keeping.folder.__wrapped__()
 
 
-def test_one_process_compiles_at_a_time(monkeypatch, tmp_path):
+def test_one_process_compiles_at_a_time(kernel, monkeypatch, tmp_path):
     """Two that compile for different dtypes would name the same file of numba's."""
-    pytest.importorskip("numba")
-    from moeforge.kernels import sums
-
-    monkeypatch.setattr(keeping, "folder", lambda: tmp_path)
     warmed = []
-    monkeypatch.setattr(sums, "warm", lambda kind: warmed.append((kind, time.monotonic())))
+    monkeypatch.setattr(kernel, "warm", lambda kind: warmed.append((kind, time.monotonic())))
     let_go = lock_folder(tmp_path)
     assert let_go is not None
     waiting = threading.Thread(target=kernels.load, args=(["sums"],), kwargs={"narrow": True})
@@ -109,18 +124,13 @@ def test_one_process_compiles_at_a_time(monkeypatch, tmp_path):
     released = time.monotonic()
     let_go()
     waiting.join()
-    kernels.unload()
     assert [kind for kind, _ in warmed] == [np.uint16]
     assert warmed[0][1] >= released
 
 
-def test_nobody_waits_for_what_is_compiled(monkeypatch, tmp_path):
-    pytest.importorskip("numba")
-    from moeforge.kernels import sums
-
-    monkeypatch.setattr(keeping, "folder", lambda: tmp_path)
+def test_nobody_waits_for_what_is_compiled(kernel, monkeypatch, tmp_path):
     warmed = []
-    monkeypatch.setattr(sums, "warm", warmed.append)
+    monkeypatch.setattr(kernel, "warm", warmed.append)
     assert kernels.load(["sums"], narrow=True)
     let_go = lock_folder(tmp_path)
     assert let_go is not None
@@ -128,35 +138,25 @@ def test_nobody_waits_for_what_is_compiled(monkeypatch, tmp_path):
         assert kernels.load(["sums"], narrow=True)
     finally:
         let_go()
-        kernels.unload()
     assert warmed == [np.uint16, np.uint16]
 
 
-def test_where_there_are_no_locks_it_is_compiled_nevertheless(monkeypatch, tmp_path):
-    pytest.importorskip("numba")
-    from moeforge.kernels import sums
-
+def test_where_there_are_no_locks_it_is_compiled_nevertheless(kernel, monkeypatch, tmp_path):
     def refuse(folder):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(keeping, "folder", lambda: tmp_path)
     monkeypatch.setattr(keeping, "lock_folder", refuse)
     warmed = []
-    monkeypatch.setattr(sums, "warm", warmed.append)
+    monkeypatch.setattr(kernel, "warm", warmed.append)
     assert kernels.load(["sums"], narrow=False)
-    kernels.unload()
     assert warmed == [np.float32]
 
 
-def test_what_failed_is_not_taken_for_compiled(monkeypatch, tmp_path):
-    pytest.importorskip("numba")
-    from moeforge.kernels import sums
-
+def test_what_failed_is_not_taken_for_compiled(kernel, monkeypatch, tmp_path):
     def fail(kind):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(keeping, "folder", lambda: tmp_path)
-    monkeypatch.setattr(sums, "warm", fail)
+    monkeypatch.setattr(kernel, "warm", fail)
     assert not kernels.load(["sums"], narrow=False)
     assert not list(tmp_path.iterdir())
     let_go = lock_folder(tmp_path)

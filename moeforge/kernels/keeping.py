@@ -10,7 +10,6 @@ each take the other's for its own, so one waits.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 import time
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from moeforge.system import lock_folder
+from moeforge.system import lock_folder, user_cache
 
 _INSIDE = Path(__file__).parent / "__pycache__"
 _WAIT = 0.05
@@ -59,8 +58,7 @@ def _places() -> Iterator[Path]:
         yield Path(config.CACHE_DIR)
         return
     yield _INSIDE
-    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    yield Path(users) / "moeforge" / "kernels"
+    yield user_cache() / "kernels"
 
 
 @contextmanager
